@@ -1,0 +1,103 @@
+"""A Llama-, Qwen- or Mistral-like transformers model taken apart: the fallback off the fused path, and its oracle.
+
+Runs the model's own modules, so it works in any dtype and on CUDA.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import load_transformers
+from .config import ModelConfig, ModelError
+from .rope import rotate
+
+if TYPE_CHECKING:
+    from .lora import LoraAdapter
+
+_NEEDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class StockDecoder:
+    """The :class:`~sharewell.models.Decoder` interface over a transformers model's own layers.
+
+    Raises ModelError naming the class and what is missing when the layers are not those of a Llama-like decoder.
+    """
+
+    def __init__(self, model: Any, config: ModelConfig, max_adapters: int = 0) -> None:
+        inner = getattr(model, "model", None)
+        layers = getattr(inner, "layers", None)
+        name = type(model).__name__
+        if inner is None or layers is None or not hasattr(inner, "rotary_emb") or not hasattr(inner, "norm"):
+            raise ModelError(f"{name} cannot be taken apart: model.layers, model.norm or model.rotary_emb is missing")
+        missing = [part for part in _NEEDED if not hasattr(layers[0], part)]
+        if missing:
+            raise ModelError(f"{name} cannot be taken apart: its layers lack {', '.join(missing)}")
+        self.model, self.config = model, config
+        self.dtype = next(model.parameters()).dtype
+        self.device = next(model.parameters()).device
+        self._layers = layers
+        self._lora: list[dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None] = [None] * max_adapters
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", max_adapters: int = 0
+    ) -> StockDecoder:
+        """Load ``folder`` (either weight form) into transformers modules."""
+        model = load_transformers(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        return cls(model, ModelConfig.from_folder(folder), max_adapters)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.model.embed_tokens(token_ids.to(self.device))
+
+    def _project(self, layer: int, parent: Any, part: str, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+        y = getattr(parent, part)(x)
+        if slots is None:
+            return y
+        for slot in slots.unique().tolist():
+            pair = (self._lora[slot] or {}).get((layer, part)) if slot >= 0 else None
+            if pair is not None:
+                rows = (slots == slot).nonzero().flatten().to(x.device)
+                y = y.index_add(0, rows, x[rows] @ pair[0].T @ pair[1].T)
+        return y
+
+    def qkv(
+        self, layer: int, h: torch.Tensor, positions: torch.Tensor, adapter_slots: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        block = self._layers[layer]
+        x, attention = block.input_layernorm(h), block.self_attn
+        dim = self.config.head_dim
+        q, k, v = (
+            self._project(layer, attention, p, x, adapter_slots).view(len(h), -1, dim) for p in ("q_proj", "k_proj", "v_proj")
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        cos, sin = self.model.model.rotary_emb(h[None].float(), positions[None].to(self.device))
+        half = dim // 2
+        return rotate(q, cos[0, :, :half], sin[0, :, :half]), rotate(k, cos[0, :, :half], sin[0, :, :half]), v
+
+    def attn_out(
+        self, layer: int, h: torch.Tensor, o: torch.Tensor, adapter_slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return h + self._project(layer, self._layers[layer].self_attn, "o_proj", o.reshape(len(h), -1), adapter_slots)
+
+    def mlp(self, layer: int, h: torch.Tensor, adapter_slots: torch.Tensor | None = None) -> torch.Tensor:
+        block = self._layers[layer]
+        x = block.post_attention_layernorm(h)
+        if adapter_slots is None:
+            return h + block.mlp(x)
+        gate, up = (self._project(layer, block.mlp, p, x, adapter_slots) for p in ("gate_proj", "up_proj"))
+        return h + self._project(layer, block.mlp, "down_proj", block.mlp.act_fn(gate) * up, adapter_slots)
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(h)).float()
+
+    def load_adapter(self, slot: int, adapter: LoraAdapter | None) -> None:
+        if not 0 <= slot < len(self._lora):
+            raise ValueError(f"slot must be in [0, {len(self._lora)}), got {slot}")
+        self._lora[slot] = adapter and {
+            key: (a.to(self.device, self.dtype), (b * adapter.scale).to(self.device, self.dtype))
+            for key, (a, b) in adapter.targets.items()
+        }
