@@ -28,7 +28,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None  # overrides kv_cache_bytes
     max_model_len: int | None = None
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 256
     max_seqs: int = 64
     max_waiting: int = 1024
     prefix_sharing: bool = True

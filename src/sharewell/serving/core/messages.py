@@ -104,6 +104,7 @@ class EngineRequest:
     arrival_s: float = 0.0
     deadline_s: float | None = None
     emitted: tuple[tuple[int, ...], ...] = ()
+    finished: tuple[int, ...] = ()  # choices that need no more tokens (recovery)
 
     def __post_init__(self) -> None:
         _require(bool(self.request_id), "request_id", "a non-empty string", self.request_id)
@@ -200,7 +201,7 @@ def to_wire(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_wire(v) for v in value]
     if isinstance(value, Mapping):
-        return {k: to_wire(v) for k, v in value.items()}
+        return {"$map": [[to_wire(k), to_wire(v)] for k, v in value.items()]}
     return value
 
 
@@ -209,8 +210,8 @@ def from_wire(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(from_wire(v) for v in value)
     if isinstance(value, Mapping):
-        if "$" not in value:
-            return {k: from_wire(v) for k, v in value.items()}
+        if "$map" in value:
+            return {from_wire(k): from_wire(v) for k, v in value["$map"]}
         kind = _TYPES.get(value["$"])
         if kind is None:
             raise ValueError(f"unknown record type {value['$']!r}")
