@@ -31,7 +31,7 @@ TEXTS = [
     "Someone is having a meal.",
     "Interest rates rose by half a percent.",
 ]
-# Dot products of TEXTS under the float32 all-MiniLM-L6-v2 weights, transformers' own tokenizer and mean pooling.
+# Dot products of TEXTS under the float32 all-MiniLM-L6-v2 weights with transformers' own tokenizer.
 FLOAT32 = np.array(
     [
         [1.0, 0.894, -0.001, -0.070, -0.022],
@@ -69,7 +69,11 @@ def small_folder(folder: Path, *modes: str, max_tokens: int = 16) -> Path:
     """A sentence-transformers folder of a random two-layer BERT, 32 wide, with the shipped tokenizer."""
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.5
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.5,
     )
     BertModel(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes((ASSETS / "tokenizer.json").read_bytes())
@@ -261,7 +265,9 @@ def test_id_follows_the_weights(tmp_path: Path) -> None:
     assert SentenceTransformersFolder(folder).id != first
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json"])
+@pytest.mark.parametrize(
+    "missing", ["config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json"]
+)
 def test_incomplete_folders_are_refused(tmp_path: Path, missing: str) -> None:
     folder = small_folder(tmp_path / "m")
     (folder / missing).unlink()

@@ -1,11 +1,13 @@
-"""Which free block to use next: the policy of :class:`~sharewell.kv.BlockManager`.
+"""Which free block to use next: the policy of :class:`~sharewell.kv.BlockManager`, and its default.
 
-State lives in flat int32 arrays over any buffer, so a million blocks cost megabytes, untouched pages cost nothing, and
-the same arrays can lie in shared memory.
+State lives in flat integer arrays over any buffer, so a million blocks cost megabytes, pages never touched cost
+nothing, and the same arrays can lie in shared memory. (Memoryviews rather than numpy: reading one integer is three
+times cheaper.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -13,70 +15,137 @@ class OutOfBlocks(RuntimeError):
     """Fewer free blocks than asked for; nothing was changed."""
 
 
+class BlocksTaken(RuntimeError):
+    """Blocks that were to be revived belong to another process by now; nothing was changed."""
+
+    def __init__(self, blocks: Sequence[int]) -> None:
+        super().__init__(f"blocks {list(blocks)} were taken by another process")
+        self.blocks = list(blocks)
+
+
 class Allocator(Protocol):
-    """Owner of the free blocks. A freed block may keep content that somebody wants again (``reclaim``)."""
+    """Owner of the free blocks. Some of them are *cached*: free, but with content that somebody may want again."""
+
+    shared: bool  # other processes take blocks from here, too
 
     @property
     def num_free(self) -> int: ...
 
-    def reset(self, num_blocks: int) -> None:
-        """Start with blocks 0 .. num_blocks - 1, all free."""
+    def bind(self, num_blocks: int) -> None:
+        """Own blocks ``0 .. num_blocks - 1``, all free and without content."""
         ...
 
-    def take(self, n: int) -> list[int]:
-        """Remove n free blocks, the least useful first. Raises OutOfBlocks."""
+    def take(self, n: int, after: int = -1, revive: Sequence[int] = ()) -> list[int]:
+        """Remove ``n`` free blocks, which lose their content, and the cached blocks ``revive``, which keep theirs: one
+        operation, all or nothing. Returns the n blocks, to be used in this order behind block ``after`` (-1: first
+        of a sequence). Raises OutOfBlocks or, when ``shared``, BlocksTaken."""
         ...
 
-    def give(self, block: int) -> None:
-        """Return a block; it is now the most recently freed."""
+    def give(self, plain: Sequence[int], cached: Sequence[int]) -> None:
+        """Return blocks without and with content, the least worth keeping first."""
         ...
 
-    def reclaim(self, block: int) -> None:
-        """Remove this very block from the free ones, because its content is used again."""
+    def free_blocks(self) -> list[int]:
+        """All free blocks, after checking the allocator's own structure (AssertionError). O(num_blocks), for tests."""
         ...
 
 
-def int_array(n: int) -> memoryview:
-    """n zeroed int32 that take memory only where they are touched."""
-    return memoryview(bytearray(4 * n)).cast("i")
+def integers(n: int, code: str = "i") -> memoryview:
+    """n zeroed integers (int32; "q": int64) that take memory only where they are touched."""
+    return memoryview(bytearray((8 if code == "q" else 4) * n)).cast(code)
 
 
 class LRUAllocator:
-    """Never-used blocks first, then those freed longest ago: a doubly linked list in two arrays, O(1) each way."""
+    """Blocks without content first, then those never used, then cached ones, freed longest ago first. O(1) a block.
+
+    A ring through two arrays: the plain blocks lie in front of the cached ones; blocks from ``fresh`` on are in no list.
+    """
+
+    shared = False
 
     def __init__(self) -> None:
-        self.reset(0)
+        self.bind(0)
 
-    def reset(self, num_blocks: int) -> None:
-        self._n = num_blocks
-        self._fresh = 0  # blocks from here on were never used and are in no list
-        self._next, self._previous = int_array(num_blocks + 1), int_array(num_blocks + 1)
+    def bind(self, num_blocks: int) -> None:
+        self._lay_out(integers(self.words(num_blocks)), num_blocks)
         self._next[num_blocks] = self._previous[num_blocks] = num_blocks  # the sentinel: an empty ring
-        self._listed = 0
+
+    @staticmethod
+    def words(num_blocks: int) -> int:
+        """Length of the int32 array that holds the state."""
+        return 3 + 2 * (num_blocks + 1)
+
+    def _lay_out(self, words: memoryview, num_blocks: int) -> None:
+        self._n = num_blocks
+        self._counts = words[:3]  # fresh (first never-used block), plain, cached
+        self._next = words[3 : 4 + num_blocks]
+        self._previous = words[4 + num_blocks : 5 + 2 * num_blocks]
 
     @property
     def num_free(self) -> int:
-        return self._listed + self._n - self._fresh
+        return self._count_free()
 
-    def take(self, n: int) -> list[int]:
-        if n > self.num_free:
-            raise OutOfBlocks(f"{n} blocks wanted, {self.num_free} free")
-        new = min(n, self._n - self._fresh)
-        blocks = list(range(self._fresh, self._fresh + new))
-        self._fresh += new
-        for _ in range(n - new):
-            oldest = self._next[self._n]
-            self.reclaim(oldest)
-            blocks.append(oldest)
+    def _count_free(self) -> int:
+        fresh, plain, cached = self._counts
+        return self._n - fresh + plain + cached
+
+    def take(self, n: int, after: int = -1, revive: Sequence[int] = ()) -> list[int]:
+        self._check_room(n + len(revive))
+        return self._take(n, revive)
+
+    def _check_room(self, n: int) -> None:
+        free = self._count_free()
+        if n > free:
+            raise OutOfBlocks(f"{n} blocks wanted, {free} free")
+
+    def _take(self, n: int, revive: Sequence[int]) -> list[int]:
+        counts = self._counts
+        for block in revive:
+            self._unlink(block)
+        counts[2] -= len(revive)
+        fresh, plain, _ = counts
+        blocks = []
+        for _ in range(min(n, plain)):
+            blocks.append(self._pop_first())
+        counts[1] = plain - len(blocks)
+        new = min(n - len(blocks), self._n - fresh)
+        blocks += range(fresh, fresh + new)
+        counts[0] = fresh + new
+        missing = n - len(blocks)
+        for _ in range(missing):
+            blocks.append(self._pop_first())
+        counts[2] -= missing
         return blocks
 
-    def give(self, block: int) -> None:
-        end, last = self._n, self._previous[self._n]
-        self._next[last] = self._previous[end] = block
-        self._previous[block], self._next[block] = last, end
-        self._listed += 1
+    def give(self, plain: Sequence[int], cached: Sequence[int]) -> None:
+        following, previous, end = self._next, self._previous, self._n
+        for block in plain:
+            first = following[end]
+            following[block], previous[block] = first, end
+            previous[first] = following[end] = block
+        for block in cached:
+            last = previous[end]
+            following[block], previous[block] = end, last
+            following[last] = previous[end] = block
+        self._counts[1] += len(plain)
+        self._counts[2] += len(cached)
 
-    def reclaim(self, block: int) -> None:
+    def _pop_first(self) -> int:
+        first = self._next[self._n]
+        self._unlink(first)
+        return first
+
+    def _unlink(self, block: int) -> None:
         before, behind = self._previous[block], self._next[block]
-        self._next[before], self._previous[behind] = behind, before
-        self._listed -= 1
+        self._next[before] = behind
+        self._previous[behind] = before
+
+    def free_blocks(self) -> list[int]:
+        fresh, plain, cached = self._counts
+        blocks, at, before = [], self._next[self._n], self._n
+        while at != self._n:
+            assert self._previous[at] == before and at < fresh, f"the ring is broken at block {at}"
+            blocks.append(at)
+            before, at = at, self._next[at]
+        assert len(blocks) == plain + cached, "the ring's length differs from the counts"
+        return blocks + list(range(fresh, self._n))

@@ -160,8 +160,9 @@ class BlockManager:
         """Block ``i`` of the sequence is full and computed: others may share it under ``block_hash``."""
         if not self.prefix_sharing:
             return
-        if self._claims.pop(block_hash, None) == sequence:
-            self._claimed_by[sequence].remove(block_hash)
+        owner = self._claims.pop(block_hash, None)  # not always this sequence: one with a scored prompt computes all
+        if owner is not None:
+            self._claimed_by[owner].remove(block_hash)
         block = self._tables[sequence][i]
         if block in self._hash_of or not self.index.add(block_hash, block):
             return

@@ -11,14 +11,17 @@ import numpy as np
 def block_hashes(tokens: Sequence[int] | np.ndarray, block_size: int, *, salt: bytes, parent: bytes | None = None) -> list[bytes]:
     """Chained 128-bit hashes of the full blocks of ``tokens``: h_i = blake2b(h_{i-1} || tokens_i), h_{-1} = salt's hash.
 
-    The salt scopes sharing (model revision, adapter, key); ``parent`` continues a chain instead of starting one.
+    The salt scopes sharing (model revision, adapter, key); ``parent`` continues a chain instead of starting one. Raises
+    ValueError for a block_size below 1, OverflowError for a token beyond int32.
     """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
     data = np.ascontiguousarray(tokens, np.int32).tobytes()
     size = 4 * block_size
     previous = parent if parent is not None else hashlib.blake2b(salt, digest_size=16).digest()
     hashes = []
-    for i in range(len(data) // size):
-        previous = hashlib.blake2b(previous + data[i * size : (i + 1) * size], digest_size=16).digest()
+    for start in range(0, len(data) - size + 1, size):
+        previous = hashlib.blake2b(previous + data[start : start + size], digest_size=16).digest()
         hashes.append(previous)
     return hashes
 
@@ -47,7 +50,7 @@ class PrefixIndex:
         return self._blocks.setdefault(block_hash, block) == block
 
     def remove(self, block_hash: bytes) -> None:
-        """Forget a hash."""
+        """Forget a hash. Raises KeyError for an unknown one."""
         del self._blocks[block_hash]
 
     def match(self, hashes: Sequence[bytes]) -> int:

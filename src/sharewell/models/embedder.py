@@ -42,7 +42,14 @@ class Embedder(Protocol):
         ...
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before truncation, special tokens included. Raises TypeError as ``embed`` does."""
+        """Tokens of each text before truncation, special tokens included.
+
+        Raises TypeError as ``embed`` does.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of this model's token ids, special tokens left out. Raises ValueError for an unknown id."""
         ...
 
 
@@ -51,7 +58,8 @@ class DifferentiableEmbedder(Embedder, Protocol):
     """An embedder that gradients can go through, down to the input embeddings."""
 
     def embed_from_inputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[n, dim], rows of norm 1, from ``inputs_embeds`` [n, t, hidden] and ``attention_mask`` [n, t] of 0 and 1.
+        """[n, dim], rows of norm 1, from ``inputs_embeds`` [n, t, hidden] and ``attention_mask`` [n, t] of 0
+        and 1.
 
         Raises ValueError for shapes that do not fit, t above ``max_tokens``, or a row whose mask is all 0.
         """
@@ -59,7 +67,10 @@ class DifferentiableEmbedder(Embedder, Protocol):
 
 
 class _Texts:
-    """Tokenizer with and without truncation. Encodes one text at a time: the batch call would take every core."""
+    """Tokenizer with and without truncation.
+
+    Encodes one text at a time: the batch call would take every core.
+    """
 
     def __init__(self, folder: Path, max_tokens: int, prepare: Callable[[str], str] = str) -> None:
         self._whole, self._cut = Tokenizer(folder).backend, Tokenizer(folder).backend
@@ -69,11 +80,19 @@ class _Texts:
         self._cut.enable_truncation(max_tokens)
         self._prepare = prepare
 
+    def decode(self, ids: Sequence[int]) -> str:
+        size = self._whole.get_vocab_size(with_added_tokens=True)
+        bad = next((i for i in ids if not 0 <= i < size), None)
+        if bad is not None:
+            raise ValueError(f"token ids must be in [0, {size}), got {bad}")
+        return self._whole.decode(list(ids))
+
     def counts(self, texts: Sequence[str]) -> list[int]:
         return [len(self._whole.encode(self._prepare(text)).ids) for text in _checked(texts)]
 
     def batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], _Ids, _Ids]]:
-        """Rows of ``texts``, their ids [b, t] padded right with 0, and mask [b, t]; texts of like length together.
+        """Rows of ``texts``, their ids [b, t] padded right with 0, and mask [b, t]; texts of like length
+        together.
 
         Equal lengths are ordered by their ids, so the batches do not depend on the order of ``texts``.
         """
@@ -93,9 +112,9 @@ class _Texts:
 class MiniLMOnnxEmbedder:
     """all-MiniLM-L6-v2 on onnxruntime, from ``model.onnx`` in ``folder``; the tokenizer comes with Sharewell.
 
-    ``threads`` is the number of cores one call may use; they do not spin between calls. Safe to call from several
-    threads. A text's vector does not depend on the texts embedded with it. Raises ModelError when the file is missing
-    or is not such a model, ValueError for ``threads`` below 1.
+    ``threads`` is the number of cores one call may use; they do not spin between calls. Safe to call from
+    several threads. A text's vector does not depend on the texts embedded with it. Raises ModelError when the
+    file is missing or is not such a model, ValueError for ``threads`` below 1.
     """
 
     def __init__(self, folder: Path | str, threads: int = 1) -> None:
@@ -131,7 +150,10 @@ class MiniLMOnnxEmbedder:
         self._texts = _Texts(_ASSETS, self.max_tokens)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [n, dim], rows of norm 1; only the first 256 tokens count. Raises TypeError, see Embedder."""
+        """float32 [n, dim], rows of norm 1; only the first 256 tokens count.
+
+        Raises TypeError, see Embedder.
+        """
         out = np.empty((len(texts), self.dim), np.float32)
         for rows, ids, mask in self._texts.batches(texts):
             feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
@@ -146,14 +168,19 @@ class MiniLMOnnxEmbedder:
         """Tokens of each text before truncation, [CLS] and [SEP] included. Raises TypeError, see Embedder."""
         return self._texts.counts(texts)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids. Raises ValueError, see Embedder."""
+        return self._texts.decode(ids)
+
 
 class SentenceTransformersFolder:
     """A sentence-transformers model folder on transformers and torch, float32 on the CPU, weights frozen.
 
-    Reads ``modules.json`` (a transformer, a pooling, an optional normalisation; vectors are normalised either way),
-    the pooling's ``config.json``, and the default prompt, which goes before every text. Never downloads and never runs
-    code from the folder. ``model`` is the transformers module; its input embeddings feed ``embed_from_inputs``.
-    Raises ModelError for a missing or unreadable file, another module, or an encoder-decoder.
+    Reads ``modules.json`` (a transformer, a pooling, an optional normalisation; vectors are normalised either
+    way), the pooling's ``config.json``, and the default prompt, which goes before every text. Never downloads
+    and never runs code from the folder. ``model`` is the transformers module; its input embeddings feed
+    ``embed_from_inputs``. Raises ModelError for a missing or unreadable file, another module, or an
+    encoder-decoder.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -206,7 +233,10 @@ class SentenceTransformersFolder:
         self.id: str = f"{folder.resolve().name}-{_digest([*sorted(weights), pools])}"
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [n, dim], rows of norm 1; text past ``max_tokens`` is left out. Raises TypeError, see Embedder."""
+        """float32 [n, dim], rows of norm 1; text past ``max_tokens`` is left out.
+
+        Raises TypeError, see Embedder.
+        """
         import torch
 
         out = np.empty((len(texts), self.dim), np.float32)
@@ -218,14 +248,22 @@ class SentenceTransformersFolder:
         return out
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before truncation, special tokens and prompt included. Raises TypeError, see Embedder."""
+        """Tokens of each text before truncation, special tokens and prompt included.
+
+        Raises TypeError, see Embedder.
+        """
         return self._texts.counts(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids. Raises ValueError, see Embedder."""
+        return self._texts.decode(ids)
 
     def embed_from_inputs(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[n, dim], rows of norm 1, from token embeddings [n, t, hidden] and a mask [n, t] of 0 and 1.
 
-        Gradients reach ``inputs_embeds``. Position embeddings are added here; special tokens and prompt are not.
-        Raises ValueError for shapes that do not fit, t above ``max_tokens``, or a row whose mask is all 0.
+        Gradients reach ``inputs_embeds``. Position embeddings are added here; special tokens and prompt are
+        not. Raises ValueError for shapes that do not fit, t above ``max_tokens``, or a row whose mask is all
+        0.
         """
         shape = tuple(inputs_embeds.shape)
         if len(shape) != 3 or shape[2] != self._hidden or tuple(attention_mask.shape) != shape[:2]:
@@ -238,7 +276,9 @@ class SentenceTransformersFolder:
         if not bool(attention_mask.bool().any(dim=1).all()):
             raise ValueError("attention_mask must have a 1 in every row")
         mask = attention_mask.long()
-        return self._pool(self.model(inputs_embeds=inputs_embeds, attention_mask=mask).last_hidden_state, mask)
+        return self._pool(
+            self.model(inputs_embeds=inputs_embeds, attention_mask=mask).last_hidden_state, mask
+        )
 
     def _pool(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token states [n, t, hidden] and mask [n, t] to unit vectors [n, dim]."""
@@ -265,15 +305,18 @@ class SentenceTransformersFolder:
 def load_embedder(name_or_path: str = "minilm", threads: int = 1) -> Embedder:
     """The embedder of a registered name or of a model folder. A name may download once; a folder never does.
 
-    A folder with ``modules.json`` or ``config.json`` is a SentenceTransformersFolder, one with only ``model.onnx`` a
-    MiniLMOnnxEmbedder. ``threads`` holds for the latter; torch's threads are set for the whole process, so they are
-    left alone. Raises ModelError for an unknown name or folder, ValueError for ``threads`` below 1.
+    A folder with ``modules.json`` or ``config.json`` is a SentenceTransformersFolder, one with only
+    ``model.onnx`` a MiniLMOnnxEmbedder. ``threads`` holds for the latter; torch's threads are set for the
+    whole process, so they are left alone. Raises ModelError for an unknown name or folder, ValueError for
+    ``threads`` below 1.
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     source = SOURCES.get(name_or_path)
     if source is not None and source.kind != "onnx" and not Path(name_or_path).is_dir():
-        raise ModelError(f"model {name_or_path!r} is not an embedder; use minilm or the path of a model folder")
+        raise ModelError(
+            f"model {name_or_path!r} is not an embedder; use minilm or the path of a model folder"
+        )
     folder = resolve_model(name_or_path)
     described = (folder / "modules.json").exists() or (folder / "config.json").exists()
     if not described and (folder / "model.onnx").exists():

@@ -15,10 +15,10 @@ class EngineConfig:
 
     ``dtype="auto"``: on CPU the fastest that keeps quality (int4 for checkpoints that are stored in 4 bits,
     bfloat16 otherwise), bfloat16 on CUDA. ``kv_cache_bytes=None`` takes 2 GiB on CPU, capped at a quarter of
-    the memory, and 80 % of what is free on CUDA. ``runner="stock"`` keeps the transformers modules (fallback and oracle).
-    ``max_batch_tokens`` bounds the tokens of one step (prefill is chunked to fit); ``threads=None`` takes every
-    core that this process may use. Raises ValueError naming the field and its range.
-    """
+    the memory, and 80 % of what is free on CUDA. ``runner="stock"`` keeps the transformers modules (fallback
+    and oracle). ``max_batch_tokens`` bounds the tokens of one step (prefill is chunked to fit);
+    ``threads=None`` takes every core that this process may use. Raises ValueError naming the field and its
+    range."""
 
     model: str = "smollm2"
     dtype: DType = "auto"
@@ -44,16 +44,26 @@ class EngineConfig:
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-        check(self.dtype in ("auto", "float32", "bfloat16", "int8", "int4"), "dtype", "auto, float32, bfloat16, int8 or int4")
+        check(
+            self.dtype in ("auto", "float32", "bfloat16", "int8", "int4"),
+            "dtype",
+            "auto, float32, bfloat16, int8 or int4",
+        )
         check(self.device in ("cpu", "cuda"), "device", "cpu or cuda")
         check(self.runner in ("auto", "fused", "stock"), "runner", "auto, fused or stock")
-        check(1 <= self.block_size <= 512 and self.block_size & (self.block_size - 1) == 0, "block_size", "a power of two in [1, 512]")
+        check(
+            1 <= self.block_size <= 512 and self.block_size & (self.block_size - 1) == 0,
+            "block_size",
+            "a power of two in [1, 512]",
+        )
         check(self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "kv_cache_bytes", "None or positive")
         check(self.num_blocks is None or self.num_blocks >= 2, "num_blocks", "None or at least 2")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "None or at least 2")
         check(self.max_batch_tokens >= 1, "max_batch_tokens", "at least 1")
         check(self.max_seqs >= 1, "max_seqs", "at least 1")
-        check(self.max_batch_tokens >= self.max_seqs, "max_batch_tokens", f"at least max_seqs ({self.max_seqs})")
+        check(
+            self.max_batch_tokens >= self.max_seqs, "max_batch_tokens", f"at least max_seqs ({self.max_seqs})"
+        )
         check(self.max_waiting >= 0, "max_waiting", "at least 0")
         check(self.max_adapters >= 0, "max_adapters", "at least 0")
         check(1 <= self.max_lora_rank <= 512, "max_lora_rank", "in [1, 512]")

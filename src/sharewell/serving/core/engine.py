@@ -1,28 +1,31 @@
 """The engine: submit, cancel, step. Synchronous and deterministic; it owns no clock, thread or socket.
 
-A step is plan (which tokens, no model), run (one forward pass), commit (sample, publish pages, finish). Whoever hosts
-the engine decides when to step and passes the time in.
-"""
+A step is plan (which tokens, no model), run (one forward pass), commit (sample, publish pages, finish).
+Whoever hosts the engine decides when to step and passes the time in."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...kv import BlockManager
-from ...models import LoraAdapter
 from .config import EngineConfig
-from .grammar import Grammars
-from .messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from .grammar import Grammars, GrammarState
+from .messages import EngineInfo, EngineRequest, EngineStats, GrammarSpec, TokenOutput
 from .runner import Runner, StepBatch
 from .sampling import bias, draw, logprob, penalize
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
+
+if TYPE_CHECKING:
+    from ...models import LoraAdapter
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +43,32 @@ class Refused(ValueError):
 
 
 class ResidentAdapters:
-    """Known adapters by name, and the runner's slots: pinned while in use, least recently used given up first."""
+    """Known adapters by name, and the runner's slots: pinned while in use, least recently used given up
+    first."""
 
-    def __init__(self, runner: Runner, slots: int) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, slots: int, max_rank: int = 512) -> None:
+        self._runner, self._max_rank = runner, max_rank
         self.known: dict[str, LoraAdapter] = {}
+        self.editions: dict[
+            str, int
+        ] = {}  # how often a name was given to other weights: keys and values differ
         self._pins = [0] * slots
         self._slot_of: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots))
 
+    def add(self, name: str, adapter: LoraAdapter) -> None:
+        """Make ``adapter`` known as ``name``, replacing what was. Raises ValueError (rank, slots, name in
+        use)."""
+        if not self._pins:
+            raise ValueError("max_adapters is 0: this engine takes no adapters")
+        if adapter.rank > self._max_rank:
+            raise ValueError(f"rank of adapter {name!r} must be at most {self._max_rank}, got {adapter.rank}")
+        self.forget(name)
+        self.known[name] = adapter
+        self.editions[name] = self.editions.get(name, 0) + 1
+
     def acquire(self, name: str | None) -> int | None:
+        """The slot of ``name``, loaded and pinned until released; None when others pin them all."""
         if name is None:
             return -1
         slot = self._slot_of.get(name)
@@ -88,7 +107,8 @@ class ResidentAdapters:
 
 
 class EngineCore:
-    """One model, its pages and its queue. ``now`` is any monotonic axis in seconds, used for deadlines and timing."""
+    """One model, its pages and its queue. ``now`` is any monotonic axis in seconds, used for deadlines and
+    timing."""
 
     def __init__(
         self,
@@ -100,11 +120,15 @@ class EngineCore:
         blocks: BlockManager | None = None,
     ) -> None:
         self.config, self.info, self._runner, self._monotonic = config, info, runner, monotonic
-        self.blocks = blocks or BlockManager(info.num_blocks, info.block_size, prefix_sharing=config.prefix_sharing)
-        self.adapters = ResidentAdapters(runner, config.max_adapters)
+        self.blocks = blocks or BlockManager(
+            info.num_blocks, info.block_size, prefix_sharing=config.prefix_sharing
+        )
+        self.adapters = ResidentAdapters(runner, config.max_adapters, config.max_lora_rank)
         self.scheduler = Scheduler(self.blocks, self.adapters, config.max_batch_tokens, config.max_seqs)
         self.scheduler.on_row_free = self._free_row
-        self._grammars = Grammars(tokenizer_json, info.vocab_size, info.eos_token_ids) if tokenizer_json else None
+        self._grammars = (
+            Grammars(tokenizer_json, info.vocab_size, info.eos_token_ids) if tokenizer_json else None
+        )
         self._live: dict[str, list[Sequence]] = {}
         self._ids = self._arrivals = 0
         self._outputs: list[TokenOutput] = []
@@ -119,15 +143,18 @@ class EngineCore:
         self._contexts = np.zeros(config.max_seqs, np.int32)
         self._adapter_slots = np.full(config.max_seqs, -1, np.int32)
         self._counters = dict.fromkeys(
-            ("prompt_tokens", "computed_prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps"), 0
+            ("prompt_tokens", "computed_prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps"),
+            0,
         )
         self._step_s = self._forward_s = 0.0
         self._prefill_s_per_token = 0.0
+        self._deadlines = 0  # unfinished choices that have one
 
     # Requests
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request. Raises QueueFull, or Refused for one that can never run (length, adapter, grammar)."""
+        """Queue a request. Raises QueueFull, or Refused for one that can never run (length, adapter,
+        grammar)."""
         if request.request_id in self._live:
             raise Refused("duplicate_request", f"request_id {request.request_id!r} is in use")
         if len(self.scheduler.waiting) >= self.config.max_waiting:
@@ -135,21 +162,27 @@ class EngineCore:
         longest, limit = len(request.prompt_ids), self.info.context_length
         pages = self.info.num_blocks * self.info.block_size
         if longest + 1 > limit:
-            message = f"the prompt has {longest} tokens, but the model's context is {limit} tokens, answer included"
+            message = (
+                f"the prompt has {longest} tokens, but the model's context is {limit} tokens, answer included"
+            )
             raise Refused("context_length_exceeded", message)
         if longest + 1 > pages:
-            raise Refused("context_length_exceeded", f"the prompt has {longest} tokens, but the cache holds {pages}")
+            raise Refused(
+                "context_length_exceeded", f"the prompt has {longest} tokens, but the cache holds {pages}"
+            )
         if request.adapter is not None and request.adapter not in self.adapters.known:
             raise Refused("model_not_found", f"adapter {request.adapter!r} is not loaded")
         bad = next((t for t in request.prompt_ids if not 0 <= t < self.info.vocab_size), None)
         if bad is not None:
             raise Refused("invalid_prompt", f"token ids must be in [0, {self.info.vocab_size}), got {bad}")
-        grammars = [self._compile(request) for i in range(request.n)]
+        spec = request.sampling.grammar
+        grammars = [None if spec is None else self.compile_grammar(spec) for _ in range(request.n)]
         self._arrivals += 1
-        salt = hashlib.blake2b(
-            f"{self.info.revision}|{request.adapter or ''}|{request.cache_salt}".encode(), digest_size=16
-        ).digest()
+        edition = self.adapters.editions.get(request.adapter or "", 0)
+        scope = (self.info.revision, request.adapter or "", edition, request.cache_salt)
+        salt = hashlib.blake2b(repr(scope).encode(), digest_size=16).digest()
         choices = []
+        self._live[request.request_id] = choices
         for index in range(request.n):
             if index in request.finished:
                 continue
@@ -158,26 +191,34 @@ class EngineCore:
             sequence.grammar = grammars[index]
             stops = frozenset(request.sampling.stop_token_ids)
             sequence.stop_ids = stops if request.sampling.ignore_eos else stops | self._eos
+            sequence.limit = min(request.sampling.max_tokens, min(limit, pages) - sequence.n_prompt)
+            self._deadlines += request.deadline_s is not None
+            choices.append(sequence)
+        if not choices:
+            del self._live[request.request_id]
+        self._counters["prompt_tokens"] += len(request.prompt_ids)
+        leader = None
+        for sequence in choices:
             if not self._restore(sequence):
                 self._finish(sequence, "error", error="grammar_error")
-                continue
-            choices.append(sequence)
-        self._live[request.request_id] = choices
-        self._counters["prompt_tokens"] += len(request.prompt_ids)
-        resumed = bool(request.emitted)
-        for sequence in choices:
-            if sequence.n_output >= self._limit(sequence):
+            elif sequence.n_output >= sequence.limit and (
+                sequence.n_output or sequence.prompt_logprobs is None
+            ):
                 self._finish(sequence, "length")
-            elif sequence is choices[0] or resumed:
+            elif leader is None or request.emitted:
+                leader = sequence
                 self.scheduler.add(sequence)
             else:
                 sequence.status = Status.FOLLOWING
-                choices[0].followers.append(sequence)
+                leader.followers.append(sequence)
 
-    def _compile(self, request: EngineRequest):  # noqa: ANN202
-        spec = request.sampling.grammar
-        if spec is None:
-            return None
+    def grammar_ready(self, spec: GrammarSpec) -> bool:
+        """True when ``spec`` is compiled already, so that submitting it takes no time."""
+        return self._grammars is None or self._grammars.ready(spec)
+
+    def compile_grammar(self, spec: GrammarSpec) -> GrammarState:
+        """A fresh state of ``spec``, compiled at its first use (any thread may do that beforehand). Raises
+        Refused."""
         if self._grammars is None:
             raise Refused("unsupported_grammar", "this engine has no tokenizer for constrained output")
         try:
@@ -196,16 +237,30 @@ class EngineCore:
             return True
         return all(sequence.grammar.accept(t) for t in sequence.tokens[sequence.n_prompt :])
 
-    def _limit(self, sequence: Sequence) -> int:
-        room = min(self.info.context_length, self.info.num_blocks * self.info.block_size) - sequence.n_prompt
-        return min(sequence.sampling.max_tokens, room)
-
     def cancel(self, request_id: str) -> None:
         """End a request at once; unknown ones are ignored (it may just have finished)."""
+        self._outputs = [o for o in self._outputs if o.request_id != request_id]
         for sequence in self._live.pop(request_id, []):
             if sequence.status is not Status.FINISHED:
-                self._promote_followers(sequence)
+                self._deadlines -= sequence.request.deadline_s is not None
                 self.scheduler.remove(sequence)
+
+    def load_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        """Make ``adapter`` available as ``name``, in place of what had that name. Raises ValueError while
+        that is in use."""
+        self._check_unused(name)
+        self.adapters.add(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises ValueError while requests use it, or when it is unknown."""
+        if name not in self.adapters.known:
+            raise ValueError(f"adapter {name!r} is not loaded")
+        self._check_unused(name)
+        self.adapters.forget(name)
+
+    def _check_unused(self, name: str) -> None:
+        if any(choices and choices[0].request.adapter == name for choices in self._live.values()):
+            raise ValueError(f"adapter {name!r} is in use")
 
     def _promote_followers(self, leader: Sequence) -> None:
         """A leader that ends before its prompt is computed leaves its followers to queue by themselves."""
@@ -224,7 +279,8 @@ class EngineCore:
     def step(self, now: float) -> list[TokenOutput]:
         """Plan, run and commit one step; returns what it produced for each choice."""
         started = self._monotonic()
-        self._expire(now)
+        if self._deadlines:
+            self._expire(now)
         every = self.config.forced_preemption_every
         if every and self._counters["steps"] % every == every - 1 and len(self.scheduler.running) > 1:
             self.scheduler.preempt(max(self.scheduler.running, key=lambda s: s.key))
@@ -238,7 +294,9 @@ class EngineCore:
             new = len(batch.token_ids)
             if new > len(plan):
                 seconds = forward / new
-                self._prefill_s_per_token += (seconds - self._prefill_s_per_token) * (0.1 if self._prefill_s_per_token else 1)
+                self._prefill_s_per_token += (seconds - self._prefill_s_per_token) * (
+                    0.1 if self._prefill_s_per_token else 1
+                )
             self._commit(plan, sampled, logits)
             self._counters["steps"] += 1
         outputs, self._outputs = self._outputs, []
@@ -252,7 +310,6 @@ class EngineCore:
             if s.request.deadline_s is not None and s.request.deadline_s <= now
         ]
         for sequence in late:
-            self._promote_followers(sequence)
             self._finish(sequence, "error", error="deadline_exceeded")
 
     def _batch(self, plan: list[tuple[Sequence, int]]) -> tuple[StepBatch, list[tuple[Sequence, int, int]]]:
@@ -279,7 +336,9 @@ class EngineCore:
                 positions = np.arange(start, end)
                 self._token_ids[at : at + n] = sequence.tokens[start:end]
                 self._positions[at : at + n] = positions
-                self._slots[at : at + n] = self._tables[row, positions // size].astype(np.int64) * size + positions % size
+                self._slots[at : at + n] = (
+                    self._tables[row, positions // size].astype(np.int64) * size + positions % size
+                )
             self._starts[i + 1] = at + n
             self._contexts[i] = end
             self._adapter_slots[i] = sequence.adapter_slot
@@ -306,7 +365,9 @@ class EngineCore:
         )
         return batch, sampled
 
-    def _commit(self, plan: list[tuple[Sequence, int]], sampled: list[tuple[Sequence, int, int]], logits: np.ndarray) -> None:
+    def _commit(
+        self, plan: list[tuple[Sequence, int]], sampled: list[tuple[Sequence, int, int]], logits: np.ndarray
+    ) -> None:
         counters = self._counters
         for sequence, n in plan:
             prompt_left = sequence.n_prompt - sequence.computed
@@ -314,7 +375,7 @@ class EngineCore:
                 counters["computed_prompt_tokens"] += min(n, prompt_left)
             sequence.computed += n
             self.scheduler.publish(sequence)
-        best = logits.argmax(axis=1) if len(logits) else None
+        best = logits.argmax(axis=1).tolist() if sampled else None
         for sequence, row, n in sampled:
             if sequence.prompt_logprobs is not None and sequence.computed - n < sequence.n_prompt:
                 self._score_prompt(sequence, logits[row : row + n], n)
@@ -324,9 +385,9 @@ class EngineCore:
             followers, sequence.followers = sequence.followers, []
             forked = [f for f in followers if f.status is Status.FOLLOWING and self._fork(sequence, f)]
             assert best is not None
-            self._emit(sequence, logits[last], int(best[last]))
+            self._emit(sequence, logits[last], best[last])
             for follower in forked:
-                self._emit(follower, logits[last], int(best[last]))
+                self._emit(follower, logits[last], best[last])
 
     def _score_prompt(self, sequence: Sequence, logits: np.ndarray, n: int) -> None:
         """Log-probabilities of the prompt tokens that follow the ``n`` computed ones."""
@@ -341,7 +402,8 @@ class EngineCore:
                 scores.append(logprob(logits[i], sequence.tokens[position], top))
 
     def _fork(self, leader: Sequence, follower: Sequence) -> bool:
-        """Let a follower go on from its leader's prompt; it queues as an ordinary request when there is no room."""
+        """Let a follower go on from its leader's prompt; it queues as an ordinary request when there is no
+        room."""
         if len(self.scheduler.running) >= self.config.max_seqs:
             self.scheduler.add(follower)
             return False
@@ -349,6 +411,8 @@ class EngineCore:
         follower.computed, follower.published = leader.computed, leader.published
         follower.block_hashes = list(leader.block_hashes)
         follower.cached_tokens = leader.cached_tokens
+        if follower.prompt_logprobs is not None and leader.prompt_logprobs is not None:
+            follower.prompt_logprobs = list(leader.prompt_logprobs)
         slot = self.adapters.acquire(follower.request.adapter)
         assert slot is not None, "the leader holds the adapter"
         follower.adapter_slot = slot
@@ -359,11 +423,10 @@ class EngineCore:
     def _emit(self, sequence: Sequence, logits: np.ndarray, best: int) -> None:
         """Choose the next token of a sequence whose tokens are all computed."""
         params = sequence.sampling
-        if not np.isfinite(logits[best]):  # argmax finds NaN and +inf first
+        if not math.isfinite(logits[best]):  # argmax finds NaN and +inf first
             self._finish(sequence, "error", error="nan_logits")
             return
-        output_limit = self._limit(sequence)
-        if output_limit == 0:  # max_tokens 0: echo only
+        if sequence.limit == 0:  # max_tokens 0: only the prompt's scores were wanted
             self._finish(sequence, "length")
             return
         token = best
@@ -376,8 +439,10 @@ class EngineCore:
                 return
         if params.logprobs is not None:
             scored = (logprob(logits, token, params.logprobs),)
-        if token in sequence.stop_ids and sequence.n_output >= params.min_tokens:
-            self._finish(sequence, "stop", stop_token_id=token)
+        if token in sequence.stop_ids or (sequence.grammar is not None and token in self._eos):
+            self._finish(
+                sequence, "stop", stop_token_id=token
+            )  # before min_tokens only when nothing else was allowed
             return
         sequence.tokens.append(token)
         self._counters["generated_tokens"] += 1
@@ -385,10 +450,12 @@ class EngineCore:
             _count(sequence, token, True)
         reason = None
         if sequence.grammar is not None:
-            sequence.grammar.accept(token)
+            if not sequence.grammar.accept(token):  # a limit of the matcher: what is allowed next is unknown
+                self._finish(sequence, "error", token, scored, error="grammar_error")
+                return
             if sequence.grammar.complete:
                 reason = "stop"
-        if reason is None and sequence.n_output >= output_limit:
+        if reason is None and sequence.n_output >= sequence.limit:
             reason = "length"
         if reason is not None:
             self._finish(sequence, reason, token, scored)
@@ -398,15 +465,22 @@ class EngineCore:
     def _choose(self, sequence: Sequence, raw: np.ndarray) -> int:
         """A token under grammar, penalties, bias and sampling; -1 when the grammar allows nothing."""
         params = sequence.sampling
-        logits = raw[: self.info.vocab_size].copy()
+        logits = raw[: self.info.vocab_size]
+        early = params.min_tokens > sequence.n_output and bool(sequence.stop_ids)
+        if early or params.logit_bias or sequence.counts is not None or sequence.grammar is not None:
+            logits = logits.copy()
         if sequence.counts is not None:
             assert sequence.output_counts is not None
             penalize(logits, params, sequence.counts, sequence.output_counts)
         bias(logits, params)
-        if params.min_tokens > sequence.n_output and sequence.stop_ids:
-            logits[[t for t in sequence.stop_ids if t < len(logits)]] = -np.inf
         if sequence.grammar is not None and not sequence.grammar.mask(logits):
             return -1
+        if early:
+            ends = [t for t in sequence.stop_ids if 0 <= t < len(logits)]
+            kept = logits[ends]
+            logits[ends] = -np.inf
+            if logits.max() == -np.inf:  # the grammar is complete: it ends all the same
+                logits[ends] = kept
         if params.greedy:
             return int(logits.argmax())
         return draw(logits, params, sequence.index, sequence.n_output)
@@ -424,9 +498,14 @@ class EngineCore:
                 prompt_logprobs = tuple(sequence.prompt_logprobs)
         self._outputs.append(
             TokenOutput(
-                sequence.request.request_id, sequence.index, tokens, scored,
-                cached_tokens=cached, prompt_logprobs=prompt_logprobs, **ending,  # pyright: ignore[reportArgumentType]
-            )  # fmt: skip
+                sequence.request.request_id,
+                sequence.index,
+                tokens,
+                scored,
+                cached_tokens=cached,
+                prompt_logprobs=prompt_logprobs,
+                **ending,  # pyright: ignore[reportArgumentType]
+            )
         )
 
     def _finish(
@@ -440,7 +519,11 @@ class EngineCore:
         error: str | None = None,
     ) -> None:
         tokens = () if token is None else (token,)
-        self._put(sequence, tokens, scored or (), finish_reason=reason, stop_token_id=stop_token_id, error=error)
+        self._promote_followers(sequence)
+        self._deadlines -= sequence.request.deadline_s is not None
+        self._put(
+            sequence, tokens, scored or (), finish_reason=reason, stop_token_id=stop_token_id, error=error
+        )
         if sequence.status in (Status.RUNNING, Status.WAITING) and (
             sequence in self.scheduler.running or sequence in self.scheduler.waiting
         ):

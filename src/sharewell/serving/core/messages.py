@@ -23,7 +23,8 @@ def _require(condition: bool, name: str, allowed: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """A constraint on the output. ``kind``: json_object | json_schema | regex | lark | choice (source as JSON text)."""
+    """A constraint on the output. ``kind``: json_object | json_schema | regex | lark | choice (source as JSON
+    text)."""
 
     kind: Literal["json_object", "json_schema", "regex", "lark", "choice"]
     source: str = ""
@@ -58,7 +59,12 @@ class SamplingParams:
         def finite(x: float) -> bool:
             return isinstance(x, int | float) and math.isfinite(x)
 
-        _require(finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "in [0, 2]", self.temperature)
+        _require(
+            finite(self.temperature) and 0 <= self.temperature <= 2,
+            "temperature",
+            "in [0, 2]",
+            self.temperature,
+        )
         _require(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "0 (off) or positive", self.top_k)
         _require(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
@@ -88,7 +94,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One request of tokens. ``emitted[i]`` are tokens that choice i has already produced (recovery on another engine).
+    """One request of tokens. ``emitted[i]`` are tokens that choice i has already produced (recovery on
+    another engine).
 
     ``cache_salt`` scopes prefix sharing (per API key unless the operator widens it). Smaller ``priority`` is
     served first and preempted last. ``deadline_s`` is on the engine clock's monotonic axis, None for none.
@@ -110,7 +117,9 @@ class EngineRequest:
         _require(bool(self.request_id), "request_id", "a non-empty string", self.request_id)
         _require(len(self.prompt_ids) > 0, "prompt_ids", "at least one token", self.prompt_ids)
         _require(1 <= self.n <= 128, "n", "in [1, 128]", self.n)
-        _require(len(self.emitted) in (0, self.n), "emitted", "empty or one list per choice", len(self.emitted))
+        _require(
+            len(self.emitted) in (0, self.n), "emitted", "empty or one list per choice", len(self.emitted)
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What one step produced for one choice. ``finish_reason`` set exactly once, on the last output of a choice."""
+    """What one step produced for one choice. ``finish_reason`` set exactly once, on the last output of a
+    choice."""
 
     request_id: str
     index: int
@@ -132,7 +142,9 @@ class TokenOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    error: str | None = None  # code, with finish_reason == "error": nan_logits | grammar_error | deadline_exceeded | ...
+    error: str | None = (
+        None  # code, with finish_reason == "error": nan_logits | grammar_error | deadline_exceeded | ...
+    )
     cached_tokens: int = 0  # prompt tokens not computed because they were shared; on the first output
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # on the first output when asked for
 
@@ -199,7 +211,9 @@ def to_wire(value: Any) -> Any:
                 fields[f.name] = to_wire(v)
         return {"$": name, **fields}
     if isinstance(value, list | tuple):
-        return [to_wire(v) for v in value]
+        return (
+            list(value) if set(map(type, value)) <= {int} else [to_wire(v) for v in value]
+        )  # prompts are long
     if isinstance(value, Mapping):
         return {"$map": [[to_wire(k), to_wire(v)] for k, v in value.items()]}
     return value
@@ -208,7 +222,7 @@ def to_wire(value: Any) -> Any:
 def from_wire(value: Any) -> Any:
     """Inverse of :func:`to_wire`; lists become tuples. Raises ValueError for an unknown record type."""
     if isinstance(value, list | tuple):
-        return tuple(from_wire(v) for v in value)
+        return tuple(value) if set(map(type, value)) <= {int} else tuple(from_wire(v) for v in value)
     if isinstance(value, Mapping):
         if "$map" in value:
             return {from_wire(k): from_wire(v) for k, v in value["$map"]}

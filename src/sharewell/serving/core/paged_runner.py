@@ -1,4 +1,5 @@
-"""The real model behind the engine: picks weights, decoder and pages for a configuration and runs packed steps."""
+"""The real model behind the engine: picks weights, decoder and pages for a configuration and runs packed
+steps."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def choose(config: EngineConfig, model: ModelConfig, stored_bits: int) -> Choice
         if config.device == "cuda":
             format, reason = "bfloat16", "the fast format on CUDA"
         elif stored_bits == 4 and supports(model, "int4") is None:
-            format, reason = "int4", "the checkpoint is stored in 4 bits: the same values at a quarter of the memory traffic"
+            format, reason = (
+                "int4",
+                "the checkpoint is stored in 4 bits: the same values at a quarter of the memory traffic",
+            )
         elif supports(model, "bfloat16") is None:
             format, reason = "bfloat16", "half the memory traffic of float32 at the same quality"
         else:
@@ -50,14 +54,20 @@ def choose(config: EngineConfig, model: ModelConfig, stored_bits: int) -> Choice
     if config.runner != "stock" and obstacle is None and config.block_size % 16 == 0:
         return Choice(format, "fused", reason)
     if config.runner == "fused":
-        raise ValueError(f"runner must be stock or auto for this model: fused cannot run it ({obstacle or 'block_size % 16'})")
+        raise ValueError(
+            "runner must be stock or auto for this model: "
+            f"fused cannot run it ({obstacle or 'block_size % 16'})"
+        )
     if format in ("int8", "int4"):
-        raise ValueError(f"dtype {format} needs the fused runner, which cannot run this model: {obstacle or config.runner}")
+        raise ValueError(
+            f"dtype {format} needs the fused runner, which cannot run this model: {obstacle or config.runner}"
+        )
     return Choice(format, "stock", reason)
 
 
 def memory_budget(device: str) -> int:
-    """Bytes for pages when nothing is configured: 2 GiB or a quarter of the memory on CPU, 80 % of what is free on CUDA."""
+    """Bytes for pages when nothing is configured: 2 GiB or a quarter of the memory on CPU, 80 % of what is
+    free on CUDA."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0] * 0.8)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -74,7 +84,9 @@ class PagedRunner:
         self.revision = checkpoint.revision
         self.max_length = min(config.max_model_len or self.model.context_length, self.model.context_length)
         fused = self.choice.runner == "fused"
-        torch.set_num_threads(1 if fused else threads)  # the fused step brings its own threads; two teams would fight
+        torch.set_num_threads(
+            1 if fused else threads
+        )  # the fused step brings its own threads; two teams would fight
         adapters = config.max_adapters
         if fused:
             decoder = FusedDecoder(
@@ -94,7 +106,13 @@ class PagedRunner:
         self.num_blocks = config.num_blocks or max(2, budget // block_bytes)
         self.decoder = decoder
         self._forward = PagedForward(decoder, self.num_blocks, config.block_size)
-        log.info("%s weights on the %s runner (%s), %d threads", self.choice.format, self.choice.runner, self.choice.reason, threads)
+        log.info(
+            "%s weights on the %s runner (%s), %d threads",
+            self.choice.format,
+            self.choice.runner,
+            self.choice.reason,
+            threads,
+        )
 
     def run(self, batch: StepBatch) -> torch.Tensor:
         """Float32 logits ``[R, vocab]``."""

@@ -1,8 +1,8 @@
 """The engine seen from asyncio: requests in, streams of tokens out, and a new engine when one dies.
 
-The engine runs in a process of its own behind a socket; nothing here blocks. Every live request keeps its prompt and
-the tokens that it has produced, so after a death the requests go on in the next process from where they were.
-"""
+The engine runs in a process of its own behind a socket; nothing here blocks. Every live request keeps its
+prompt and the tokens that it has produced, so after a death the requests go on in the next process from where
+they were. A death is noticed by the end of the connection at once, a process that hangs by its silence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,10 +22,27 @@ from ...simulation import Clock, WallClock
 from .config import EngineConfig
 from .cores import CompetitionMonitor, thread_environment, usable_cores
 from .engine import EngineCore, QueueFull, Refused
-from .host import ADAPTER, CANCEL, CLOSE, FAILED, OUTPUTS, READY, REFUSED, STATS, SUBMIT, Frames, output_of, pack
+from .host import (
+    ADAPTER,
+    CANCEL,
+    CLOSE,
+    FAILED,
+    OUTPUTS,
+    REFUSED,
+    STATS,
+    SUBMIT,
+    Frames,
+    output_of,
+    pack,
+    serve,
+)
 from .messages import EngineInfo, EngineRequest, EngineStats, TokenOutput, from_wire, to_wire
 
 log = logging.getLogger(__name__)
+
+BUILDER = "sharewell.serving.core.host:build"
+MOST_DEATHS = 3  # of engines under one request; it may be what kills them
+SOUND_S = 30.0  # an engine that lived that long is not in a crash loop
 
 
 class EngineFailed(RuntimeError):
@@ -44,18 +62,37 @@ class _Live:
         self.emitted: list[list[int]] = [list(e) for e in request.emitted] or [[] for _ in range(request.n)]
         self.unfinished = set(range(request.n)) - set(request.finished)
         self.begun: set[int] = set()
+        self.deaths = 0
 
     def resumed(self) -> EngineRequest:
         """The request that produces what is still missing."""
         done = tuple(sorted(set(range(self.request.n)) - self.unfinished))
-        return dataclasses.replace(self.request, emitted=tuple(map(tuple, self.emitted)), finished=done)
+        emitted = tuple(map(tuple, self.emitted)) if any(self.emitted) else ()
+        sampling = self.request.sampling
+        if sampling.prompt_logprobs is not None and self.begun >= self.unfinished:
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)  # they were delivered
+        return dataclasses.replace(self.request, sampling=sampling, emitted=emitted, finished=done)
 
 
 class AsyncEngine:
     """One engine process and its streams. Make it with :meth:`start`; close it with :meth:`close`."""
 
-    def __init__(self, config: EngineConfig, recover_timeout_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        recover_timeout_s: float,
+        hang_timeout_s: float,
+        clock: Clock,
+        builder: str,
+        in_process: bool,
+    ) -> None:
         self.config = config
+        self._builder, self._in_process, self._hang_timeout_s = builder, in_process, hang_timeout_s
+        self._heard = True  # something came since the last look
+        self._launched_s = 0.0
+        self._pause_s = 0.0  # before the next start, longer with every early death
+        self._calls = 0
         self.info: EngineInfo
         self.restarts = 0
         self._recover_timeout_s, self._clock = recover_timeout_s, clock
@@ -65,7 +102,7 @@ class AsyncEngine:
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stats_waiters: list[asyncio.Future[EngineStats]] = []
-        self._adapter_waiters: dict[str, asyncio.Future[str | None]] = {}
+        self._adapter_waiters: dict[int, asyncio.Future[str | None]] = {}
         self._last_stats = EngineStats()
         self._before_restart = EngineStats()
         self._ready = asyncio.Event()
@@ -75,22 +112,41 @@ class AsyncEngine:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, recover_timeout_s: float = 60.0, clock: Clock | None = None
+        cls,
+        config: EngineConfig,
+        *,
+        recover_timeout_s: float = 60.0,
+        hang_timeout_s: float = 300.0,
+        clock: Clock | None = None,
+        builder: str = BUILDER,
+        in_process: bool = False,
     ) -> AsyncEngine:
-        """Start the process and wait until its model is loaded. Raises EngineFailed with the engine's message."""
-        engine = cls(config, recover_timeout_s, clock or WallClock())
+        """Start the process and wait until its model is loaded. Raises EngineFailed with the engine's
+        message.
+
+        ``hang_timeout_s`` must be longer than the longest step. ``builder``: "module:function" that makes the
+        engine of a configuration in the process. ``in_process`` runs the same loop in a thread of this
+        process (for tests)."""
+        engine = cls(
+            config,
+            recover_timeout_s=recover_timeout_s,
+            hang_timeout_s=hang_timeout_s,
+            clock=clock or WallClock(),
+            builder=builder,
+            in_process=in_process,
+        )
         try:
             await engine._launch()
         except BaseException:
             await engine.close()
             raise
+        engine._spawn(engine._watch())
         return engine
 
     @property
     def pid(self) -> int:
         """Process id of the engine."""
-        assert self._process is not None
-        return self._process.pid
+        return self._process.pid if self._process is not None else os.getpid()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -101,35 +157,37 @@ class AsyncEngine:
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        threads = self.config.threads or usable_cores()
-        command = [sys.executable, "-m", "sharewell.serving.core.host", str(theirs.fileno())]
-        environment = {**os.environ, **thread_environment(threads)}
-        try:
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=False
-            )
-        finally:
-            theirs.close()
-        self._competition = CompetitionMonitor((os.getpid(), self._process.pid))
+        self._launched_s = self._clock.monotonic()
+        if self._in_process:
+            threading.Thread(
+                target=_serve_in_thread, args=(theirs,), name="sharewell-engine", daemon=True
+            ).start()
+        else:
+            self._process = _spawn_host(theirs, self.config.threads or usable_cores())
+            self._competition = CompetitionMonitor((os.getpid(), self._process.pid), self._clock)
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         settings = dataclasses.asdict(self.config) | {"adapters": self._adapters}
-        self._writer.write(pack(settings))
+        self._writer.write(pack([settings, self._builder]))
         frames = Frames()
-        first = await self._first_message(reader, frames)
+        first, *rest = await self._first_messages(reader, frames)
         if first[0] == FAILED:
             raise EngineFailed(first[1])
         self.info = from_wire(first[1])
+        self._heard = True
         self._ready.set()
+        for message in rest:
+            self._handle(message)
         self._spawn(self._read(reader, frames))
 
-    async def _first_message(self, reader: asyncio.StreamReader, frames: Frames) -> list[Any]:
+    async def _first_messages(self, reader: asyncio.StreamReader, frames: Frames) -> list[Any]:
         while True:
             data = await reader.read(1 << 16)
             if not data:
-                code = self._process.wait() if self._process else None
+                self._kill()
+                code = self._process.returncode if self._process else None
                 raise EngineFailed(f"the engine process ended with code {code} before it was ready")
             if messages := frames.feed(data):
-                return messages[0]
+                return messages
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -139,6 +197,7 @@ class AsyncEngine:
     async def _read(self, reader: asyncio.StreamReader, frames: Frames) -> None:
         try:
             while data := await reader.read(1 << 20):
+                self._heard = True
                 for message in frames.feed(data):
                     self._handle(message)
         except (OSError, ValueError) as error:
@@ -172,8 +231,10 @@ class AsyncEngine:
         if live is None or output.index not in live.unfinished:
             return
         live.emitted[output.index] += output.token_ids
-        if output.index in live.begun and output.cached_tokens:
-            output = dataclasses.replace(output, cached_tokens=0)  # a resumed request was reported before
+        if output.index in live.begun and (output.cached_tokens or output.prompt_logprobs is not None):
+            output = dataclasses.replace(
+                output, cached_tokens=0, prompt_logprobs=None
+            )  # a resumed one reported before
         live.begun.add(output.index)
         if output.finish_reason is not None:
             live.unfinished.discard(output.index)
@@ -181,52 +242,96 @@ class AsyncEngine:
                 del self._live[output.request_id]
         live.stream.put_nowait(output)
 
+    async def _watch(self) -> None:
+        """Ask the engine for a sign of life now and then, and end one that stays silent."""
+        interval = min(2.0, self._hang_timeout_s / 4)
+        silent = 0
+        while not self._closing:
+            await self._clock.sleep_until(self._clock.monotonic() + interval)
+            if self._competition is not None:
+                self._competition.sample()
+            if not self._ready.is_set() or self._lost is not None:
+                silent = 0
+                continue
+            # counted in looks, not seconds: when this process itself was held up, the engine's signs wait to
+            # be read
+            silent = 0 if self._heard else silent + 1
+            self._heard = False
+            if silent * interval >= self._hang_timeout_s:
+                log.error("the engine gave no sign of life for %.0f s: ending it", self._hang_timeout_s)
+                silent = 0
+                self._kill()
+            else:
+                self._write([STATS])
+
     async def _recover(self) -> None:
         """Start another process and hand it every request that was under way."""
         self._ready.clear()
-        code = self._process.wait() if self._process else None
-        log.error("engine process ended with code %s; restarting with %d requests under way", code, len(self._live))
+        self._kill()
+        code = self._process.returncode if self._process else None
+        log.error(
+            "engine process ended with code %s; restarting with %d requests under way", code, len(self._live)
+        )
         self._before_restart = self._totals()
         self._last_stats = EngineStats()
         self._fail_waiters()
-        deadline = self._clock.monotonic() + self._recover_timeout_s
-        pause = 0.1
+        self._close_writer()
+        for request_id, live in list(self._live.items()):
+            live.deaths += 1
+            if live.deaths > MOST_DEATHS:
+                self._fail(request_id, "engine_lost")
+        died = self._clock.monotonic()
+        deadline = died + self._recover_timeout_s
+        if died - self._launched_s >= SOUND_S:
+            self._pause_s = 0.0
         while not self._closing:
+            wake = self._clock.monotonic() + self._pause_s
+            await self._clock.sleep_until(wake if self._lost else min(wake, deadline))
+            self._pause_s = min(30.0, max(0.5, 2 * self._pause_s))
             try:
-                async with asyncio.timeout(max(0.1, deadline - self._clock.monotonic())):
+                left = deadline - self._clock.monotonic() if self._lost is None else self._recover_timeout_s
+                async with asyncio.timeout(max(0.1, left)):
                     await self._launch()
                 break
             except (EngineFailed, OSError, TimeoutError) as error:
                 self._kill()
-                if self._clock.monotonic() + pause >= deadline:
-                    self._give_up(error)
-                    return
-                await self._clock.sleep_until(self._clock.monotonic() + pause)
-                pause = min(5.0, 2 * pause)
+                self._close_writer()
+                log.error("the engine could not be restarted: %s", error or "timeout")
+                if self._lost is None and self._clock.monotonic() + self._pause_s >= deadline:
+                    self._lost = EngineFailed(f"the engine could not be restarted: {error or 'timeout'}")
+                    for request_id in list(self._live):
+                        self._fail(request_id, "engine_lost")
+        if self._closing:
+            return
+        self._lost = None
         self.restarts += 1
-        for live in list(self._live.values()):
+        for live in self._live.values():
             self._write([SUBMIT, to_wire(live.resumed())])
 
-    def _give_up(self, error: Exception) -> None:
-        log.error("the engine could not be restarted within %.0f s: %s", self._recover_timeout_s, error)
-        self._lost = EngineFailed(f"the engine could not be restarted: {error}")
-        for request_id, live in list(self._live.items()):
-            for index in sorted(live.unfinished):
-                live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="error", error="engine_lost"))
-        self._live.clear()
-        self._ready.set()
+    def _fail(self, request_id: str, error: str) -> None:
+        """End a request's unfinished choices with an error."""
+        live = self._live.pop(request_id)
+        for index in sorted(live.unfinished):
+            live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="error", error=error))
 
     def _fail_waiters(self) -> None:
         for waiter in (*self._stats_waiters, *self._adapter_waiters.values()):
-            waiter.cancel()
+            if not waiter.done():
+                waiter.set_exception(EngineFailed("the engine was restarted meanwhile"))
+                waiter.exception()  # retrieved: nobody may be waiting any more
         self._stats_waiters, self._adapter_waiters = [], {}
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self, message: Any) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(pack(message))
 
     async def submit(self, request: EngineRequest) -> AsyncIterator[TokenOutput]:
-        """The request's outputs as they come, all choices mixed; leaving the iterator early cancels the request.
+        """The request's outputs as they come, all choices mixed; leaving the iterator early cancels the
+        request.
 
         Raises QueueFull, Refused, Draining or EngineFailed before the first output.
         """
@@ -234,6 +339,8 @@ class AsyncEngine:
             raise Draining("the server is shutting down")
         if self._lost is not None:
             raise self._lost
+        if request.request_id in self._live:
+            raise Refused("duplicate_request", f"request_id {request.request_id!r} is in use")
         if len(self._live) >= self.config.max_waiting + self.config.max_seqs:
             raise QueueFull(f"{len(self._live)} requests are under way already")
         live = _Live(request)
@@ -251,13 +358,16 @@ class AsyncEngine:
                     left.discard(output.index)
                 yield output
         finally:
-            if left:
+            if left and self._live.get(request.request_id) is live:
                 self.cancel(request.request_id)
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its stream gets nothing more."""
-        if self._live.pop(request_id, None) is not None:
+        """End a request; whoever reads its stream sees every unfinished choice end as "cancelled"."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
             self._write([CANCEL, request_id])
+            for index in sorted(live.unfinished):
+                live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="cancelled"))
 
     @property
     def live(self) -> int:
@@ -267,8 +377,8 @@ class AsyncEngine:
     def _totals(self) -> EngineStats:
         """The last snapshot with the counters of earlier processes added."""
         counters = (
-            "prompt_tokens", "computed_prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps", "preemptions",
-            "step_s", "forward_s",
+            "prompt_tokens", "computed_prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps",
+            "preemptions", "step_s", "forward_s",
         )  # fmt: skip
         sums = {n: getattr(self._before_restart, n) + getattr(self._last_stats, n) for n in counters}
         competing = self._competition.cores if self._competition else 0.0
@@ -276,18 +386,19 @@ class AsyncEngine:
 
     async def stats(self, timeout_s: float = 1.0) -> EngineStats:
         """A snapshot; the last known one when the engine is in a long step or restarting."""
-        if self._competition is not None:
-            self._competition.sample()
         if self._ready.is_set() and self._lost is None:
             waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
             self._stats_waiters.append(waiter)
             self._write([STATS])
-            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(asyncio.shield(waiter), timeout_s)
+            with contextlib.suppress(TimeoutError, EngineFailed):
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.shield(waiter)
         return self._totals()
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Make an adapter available. Raises Refused with the reason when its files are not usable."""
+        """Make the adapter in folder ``path`` available, in place of one of that name. Raises Refused with
+        the reason when its files are not usable or the old one is in use, EngineFailed when the engine dies
+        meanwhile."""
         await self._change_adapter(name, path)
         self._adapters[name] = path
 
@@ -297,15 +408,18 @@ class AsyncEngine:
         self._adapters.pop(name, None)
 
     async def _change_adapter(self, name: str, path: str | None) -> None:
+        await self._ready.wait()
         waiter: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        self._adapter_waiters[name] = waiter
-        self._write([ADAPTER, name, path])
+        self._calls += 1
+        self._adapter_waiters[self._calls] = waiter
+        self._write([ADAPTER, self._calls, name, path])
         problem = await waiter
         if problem is not None:
             raise Refused("invalid_adapter", problem)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those under way; False when some were still running at the timeout."""
+        """Refuse new requests and wait for those under way; False when some were still running at the
+        timeout."""
         self._draining = True
         deadline = self._clock.monotonic() + timeout_s
         while self._live and self._clock.monotonic() < deadline:
@@ -320,24 +434,42 @@ class AsyncEngine:
     async def close(self) -> None:
         """Stop the process; streams under way end with an error."""
         self._closing = True
-        for request_id, live in list(self._live.items()):
-            for index in sorted(live.unfinished):
-                live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="error", error="engine_closed"))
-        self._live.clear()
+        for request_id in list(self._live):
+            self._fail(request_id, "engine_closed")
         self._fail_waiters()
         self._write([CLOSE])
         if self._writer is not None:
-            with contextlib.suppress(OSError):
-                await self._writer.drain()
-            self._writer.close()
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(3):
+                    await self._writer.drain()
         process = self._process
         if process is not None:
             deadline = self._clock.monotonic() + 3
             while process.poll() is None and self._clock.monotonic() < deadline:
                 await self._clock.sleep_until(self._clock.monotonic() + 0.02)
             self._kill()
-        for task in list(self._tasks):
+        self._close_writer()
+        tasks = [t for t in self._tasks if t is not asyncio.current_task()]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _spawn_host(connection: socket.socket, threads: int) -> subprocess.Popen[bytes]:
+    """The engine's process with its end of the connection, which is closed here."""
+    command = [sys.executable, "-m", "sharewell.serving.core.host", str(connection.fileno())]
+    environment = {**os.environ, **thread_environment(threads)}
+    with connection:
+        return subprocess.Popen(
+            command, pass_fds=[connection.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+
+
+def _serve_in_thread(connection: socket.socket) -> None:
+    try:
+        serve(connection, own_process=False)
+    except Exception:
+        log.exception("the engine's thread ended")
 
 
 __all__ = ["AsyncEngine", "Draining", "EngineCore", "EngineFailed", "QueueFull", "Refused"]

@@ -1,10 +1,10 @@
-"""Which tokens run in the next step: continuous batching with chunked prefill (Orca; Sarathi-Serve, 2403.02310).
+"""Which tokens run in the next step: continuous batching with chunked prefill (Orca; Sarathi-Serve,
+2403.02310).
 
-Running decodes come first, then prompts that have begun, then waiting requests by (priority, deadline, arrival), all
-within one budget of tokens. A waiting request whose next prompt block is being computed by another one waits for it
-instead of computing it too. When pages run out, the last in that order is preempted and computed again later; the
-first always goes on, so there is no livelock.
-"""
+Running decodes come first, then prompts that have begun, then waiting requests by (priority, deadline,
+arrival), all within one budget of tokens. A waiting request whose next prompt block is being computed by
+another one waits for it instead of computing it too. When pages run out, the last in that order is preempted
+and computed again later; the first always goes on, so there is no livelock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class AdapterSlots(Protocol):
 class Scheduler:
     """Plans steps over ``blocks``; owns the waiting and running sequences."""
 
-    def __init__(self, blocks: BlockManager, adapters: AdapterSlots, max_batch_tokens: int, max_seqs: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, adapters: AdapterSlots, max_batch_tokens: int, max_seqs: int
+    ) -> None:
         self.blocks, self.adapters = blocks, adapters
         self.max_batch_tokens, self.max_seqs = max_batch_tokens, max_seqs
         self.waiting: list[Sequence] = []  # sorted by key
@@ -58,7 +60,8 @@ class Scheduler:
         self.on_row_free(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Free the sequence's pages and queue it again; published pages stay findable until they are reused."""
+        """Free the sequence's pages and queue it again; published pages stay findable until they are
+        reused."""
         self._leave(sequence)
         sequence.computed = sequence.published = 0
         sequence.adapter_slot = -1
@@ -85,7 +88,8 @@ class Scheduler:
         return [entry for entry in planned.values() if entry[0].status is Status.RUNNING]
 
     def _reserve(self, sequence: Sequence, n: int, planned: dict[int, tuple[Sequence, int]]) -> bool:
-        """Room for n more tokens, preempting from the back of the order; False when the sequence itself had to go."""
+        """Room for n more tokens, preempting from the back of the order; False when the sequence itself had
+        to go."""
         blocks = self.blocks
         while True:
             needed = sequence.computed + n - blocks.length(sequence.id)
@@ -138,7 +142,9 @@ class Scheduler:
         size, known = self.blocks.block_size, len(sequence.block_hashes)
         if len(sequence.tokens) // size > known:
             parent = sequence.block_hashes[-1] if known else None
-            sequence.block_hashes += block_hashes(sequence.tokens[known * size :], size, salt=sequence.salt, parent=parent)
+            sequence.block_hashes += block_hashes(
+                sequence.tokens[known * size :], size, salt=sequence.salt, parent=parent
+            )
 
     def _waits_for_another(self, sequence: Sequence) -> bool:
         if sequence.prompt_logprobs is not None:
@@ -164,5 +170,7 @@ class Scheduler:
             return
         self._extend_hashes(sequence)
         for i in range(sequence.published, full):
-            self.blocks.publish(sequence.id, i, sequence.block_hashes[i], sequence.tokens[i * size : (i + 1) * size])
+            self.blocks.publish(
+                sequence.id, i, sequence.block_hashes[i], sequence.tokens[i * size : (i + 1) * size]
+            )
         sequence.published = full

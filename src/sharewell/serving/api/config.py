@@ -1,0 +1,74 @@
+"""The server's configuration."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.config import EngineConfig
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What ``sharewell serve`` serves and on which terms. Raises ValueError naming the field and its range.
+
+    ``share_scope``: who shares computed prefixes: "key" (requests of one API key; the default) or "all".
+    ``state_path``: SQLite file of API keys, usage and stored responses; None keeps them in memory for this run.
+    ``max_buffered_bytes`` bounds the bodies of all requests together, ``body_timeout_s`` the time that a request's
+    head, and then its body, may take to arrive, ``write_timeout_s`` the time that a client may not read its answer.
+    """
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_names: tuple[str, ...] = ()
+    embedding_model: str = "minilm"
+    state_path: Path | None = None
+    share_scope: str = "key"
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 16 << 20
+    max_buffered_bytes: int = 256 << 20
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 60.0
+    max_connections: int = 1000
+    keep_alive_s: float = 15.0
+    drain_timeout_s: float = 30.0
+    recover_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be in [0, 65535], got {self.port}")
+        if self.share_scope not in ("key", "all"):
+            raise ValueError(f"share_scope must be 'key' or 'all', got {self.share_scope!r}")
+        for name in (
+            "max_body_bytes",
+            "max_buffered_bytes",
+            "body_timeout_s",
+            "write_timeout_s",
+            "max_connections",
+            "keep_alive_s",
+            "drain_timeout_s",
+            "recover_timeout_s",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in self.served_names:
+            if not name or ":" in name:
+                raise ValueError(f"served_names must be non-empty and without ':', got {name!r}")
+
+    @property
+    def loopback(self) -> bool:
+        """True when only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names under which the model answers; the first is the one that answers carry."""
+        base = Path(self.engine.model).name or self.engine.model
+        return self.served_names or (base,)
