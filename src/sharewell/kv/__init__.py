@@ -6,22 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .allocators import Allocator, LRUAllocator, OutOfBlocks
+    from .allocators import Allocator, BlocksTaken, LRUAllocator, OutOfBlocks
     from .blocks import Allocation, BlockManager
     from .engine import PagedForward
-    from .pool import PageLayout, PagePool
+    from .layout import PageLayout
+    from .pool import PagePool
     from .prefix import PrefixIndex, block_hashes
+    from .runs import RunAllocator
+    from .shared import SharedAllocator
 
 _HOME = {
     "Allocator": "allocators",
+    "BlocksTaken": "allocators",
     "LRUAllocator": "allocators",
     "OutOfBlocks": "allocators",
     "Allocation": "blocks",
     "BlockManager": "blocks",
     "PagedForward": "engine",
-    "PageLayout": "pool",
+    "PageLayout": "layout",
     "PagePool": "pool",
     "PrefixIndex": "prefix",
+    "RunAllocator": "runs",
+    "SharedAllocator": "shared",
     "block_hashes": "prefix",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

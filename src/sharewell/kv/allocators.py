@@ -1,14 +1,13 @@
 """Which free block to use next: the policy of :class:`~sharewell.kv.BlockManager`, and its default.
 
-State lives in flat integer arrays over any buffer, so a million blocks cost megabytes, pages never touched cost
-nothing, and the same arrays can lie in shared memory. (Memoryviews rather than numpy: reading one integer is three
-times cheaper.)
-"""
+State lives in flat integer arrays over any buffer, so a million blocks cost megabytes, pages never touched
+cost nothing, and the same arrays can lie in shared memory. (Memoryviews rather than numpy: reading one
+integer is three times cheaper.)"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class OutOfBlocks(RuntimeError):
@@ -24,7 +23,8 @@ class BlocksTaken(RuntimeError):
 
 
 class Allocator(Protocol):
-    """Owner of the free blocks. Some of them are *cached*: free, but with content that somebody may want again."""
+    """Owner of the free blocks. Some of them are *cached*: free, but with content that somebody may want
+    again."""
 
     shared: bool  # other processes take blocks from here, too
 
@@ -36,9 +36,9 @@ class Allocator(Protocol):
         ...
 
     def take(self, n: int, after: int = -1, revive: Sequence[int] = ()) -> list[int]:
-        """Remove ``n`` free blocks, which lose their content, and the cached blocks ``revive``, which keep theirs: one
-        operation, all or nothing. Returns the n blocks, to be used in this order behind block ``after`` (-1: first
-        of a sequence). Raises OutOfBlocks or, when ``shared``, BlocksTaken."""
+        """Remove ``n`` free blocks, which lose their content, and the cached blocks ``revive``, which keep
+        theirs: one operation, all or nothing. Returns the n blocks, to be used in this order behind block
+        ``after`` (-1: first of a sequence). Raises OutOfBlocks or, when ``shared``, BlocksTaken."""
         ...
 
     def give(self, plain: Sequence[int], cached: Sequence[int]) -> None:
@@ -46,20 +46,22 @@ class Allocator(Protocol):
         ...
 
     def free_blocks(self) -> list[int]:
-        """All free blocks, after checking the allocator's own structure (AssertionError). O(num_blocks), for tests."""
+        """All free blocks, after checking the allocator's own structure (AssertionError). O(num_blocks), for
+        tests."""
         ...
 
 
-def integers(n: int, code: str = "i") -> memoryview:
+def integers(n: int, code: Literal["i", "q"] = "i") -> memoryview:
     """n zeroed integers (int32; "q": int64) that take memory only where they are touched."""
     return memoryview(bytearray((8 if code == "q" else 4) * n)).cast(code)
 
 
 class LRUAllocator:
-    """Blocks without content first, then those never used, then cached ones, freed longest ago first. O(1) a block.
+    """Blocks without content first, then those never used, then cached ones, freed longest ago first. O(1) a
+    block.
 
-    A ring through two arrays: the plain blocks lie in front of the cached ones; blocks from ``fresh`` on are in no list.
-    """
+    A ring through two arrays: the plain blocks lie in front of the cached ones; blocks from ``fresh`` on are
+    in no list."""
 
     shared = False
 

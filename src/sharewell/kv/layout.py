@@ -1,4 +1,5 @@
-"""What a page holds: layers, planes and their bytes. No tensors here, so planners and simulators can count with it."""
+"""What a page holds: layers, planes and their bytes. No tensors here, so planners and simulators can count
+with it."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ _ALIGNMENT = 64  # planes start on cache lines
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What a page holds for each of its ``block_size`` tokens: per kept layer, each plane's ``(width, dtype)``.
+    """What a page holds for each of its ``block_size`` tokens: per kept layer, each plane's ``(width,
+    dtype)``.
 
-    ``kept_layers`` names the model layers that have pages of their own (default: all ``n_layers``); a low-rank or
-    quantised plane is one more entry of ``planes``. Raises ValueError naming what is not allowed.
+    ``kept_layers`` names the model layers that have pages of their own (default: all ``n_layers``); a
+    low-rank or quantised plane is one more entry of ``planes``. Raises ValueError naming what is not allowed.
     """
 
     n_layers: int
@@ -26,7 +28,9 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.block_size < 1:
-            raise ValueError(f"n_layers and block_size must be at least 1, got {self.n_layers} and {self.block_size}")
+            raise ValueError(
+                f"n_layers and block_size must be at least 1, got {self.n_layers} and {self.block_size}"
+            )
         if not self.planes:
             raise ValueError("planes must name at least one plane")
         if self.kept_layers is not None:
@@ -37,7 +41,8 @@ class PageLayout:
         for name, (width, dtype) in self.planes.items():
             if dtype not in DTYPE_BYTES or width < 1:
                 raise ValueError(
-                    f"plane {name!r} must have a positive width and a dtype of {sorted(DTYPE_BYTES)}, got {width}, {dtype!r}"
+                    f"plane {name!r} must have a positive width and a dtype of {sorted(DTYPE_BYTES)}, "
+                    f"got {width}, {dtype!r}"
                 )
             self._offsets[name] = at
             at += self.block_size * width * DTYPE_BYTES[dtype]

@@ -6,11 +6,10 @@ import torch
 
 from .layout import DTYPE_BYTES, PageLayout
 
-__all__ = ["PageLayout", "PagePool"]
-
 
 class PagePool:
-    """``num_blocks`` blocks of ``layout`` in one block-major buffer; pages that were never written take no memory.
+    """``num_blocks`` blocks of ``layout`` in one block-major buffer; pages that were never written take no
+    memory.
 
     A block number outside ``[0, num_blocks)`` is an IndexError.
     """
@@ -24,7 +23,8 @@ class PagePool:
         self._row = {layer: i for i, layer in enumerate(layout.layers)}
 
     def plane(self, name: str, layer: int) -> torch.Tensor:
-        """View ``[num_blocks, block_size, width]`` of one plane of one layer, strided over the blocks; no copy.
+        """View ``[num_blocks, block_size, width]`` of one plane of one layer, strided over the blocks; no
+        copy.
 
         Raises KeyError for a layer without pages of its own or an unknown plane.
         """

@@ -1,4 +1,5 @@
-"""Content hashes of prompt blocks and the index from hash to block: what prefix sharing looks things up in."""
+"""Content hashes of prompt blocks and the index from hash to block: what prefix sharing looks things up
+in."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 
-def block_hashes(tokens: Sequence[int] | np.ndarray, block_size: int, *, salt: bytes, parent: bytes | None = None) -> list[bytes]:
-    """Chained 128-bit hashes of the full blocks of ``tokens``: h_i = blake2b(h_{i-1} || tokens_i), h_{-1} = salt's hash.
+def block_hashes(
+    tokens: Sequence[int] | np.ndarray, block_size: int, *, salt: bytes, parent: bytes | None = None
+) -> list[bytes]:
+    """Chained 128-bit hashes of the full blocks of ``tokens``: h_i = blake2b(h_{i-1} || tokens_i), h_{-1} =
+    salt's hash.
 
-    The salt scopes sharing (model revision, adapter, key); ``parent`` continues a chain instead of starting one. Raises
-    ValueError for a block_size below 1, OverflowError for a token beyond int32.
-    """
+    The salt scopes sharing (model revision, adapter, key); ``parent`` continues a chain instead of starting
+    one. Raises ValueError for a block_size below 1, OverflowError for a token beyond int32."""
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     data = np.ascontiguousarray(tokens, np.int32).tobytes()
@@ -27,7 +30,8 @@ def block_hashes(tokens: Sequence[int] | np.ndarray, block_size: int, *, salt: b
 
 
 class PrefixIndex:
-    """Hash to block number, one block a hash. Tensor-free: block managers, routers and the simulator share it."""
+    """Hash to block number, one block a hash. Tensor-free: block managers, routers and the simulator share
+    it."""
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, int] = {}

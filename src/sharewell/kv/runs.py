@@ -1,8 +1,8 @@
 """Free space as runs of consecutive blocks, so that a sequence's pages lie together and move in few copies.
 
-After the block groups of FastSwitch (Shen et al., 2024, arXiv 2411.18424), with prefix caching added: a run of cached
-blocks has an age, and of the runs that fit, the one whose cached blocks were used longest ago is taken.
-"""
+After the block groups of FastSwitch (Shen et al., 2024, arXiv 2411.18424), with prefix caching added: a run
+of cached blocks has an age, and of the runs that fit, the one whose cached blocks were used longest ago is
+taken."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _USED = -1
 class RunAllocator:
     """Hands out consecutive blocks; tables stay per block, so no reader of them changes.
 
-    A sequence grows in place when the next block is free. A new run starts up to ``group_blocks`` behind the sequence
-    before it in the largest free run, leaving that one room to grow; when only such rooms are left they are halved.
+    A sequence grows in place when the next block is free. A new run starts up to ``group_blocks`` behind the
+    sequence before it in the largest free run, leaving that one room to grow; when only such rooms are left
+    they are halved.
 
-    The free blocks are *segments*: plain ones (no content, coalesced with their neighbours, listed by size) and cached
-    ones (given back together, listed by age, given up from their end so that prefixes live longest). A run may span
-    several segments. A segment's first and last block name each other, so all steps are O(1) but for the bounded scan.
-    """
+    The free blocks are *segments*: plain ones (no content, coalesced with their neighbours, listed by size)
+    and cached ones (given back together, listed by age, given up from their end so that prefixes live
+    longest). A run may span several segments. A segment's first and last block name each other, so all steps
+    are O(1) but for the bounded scan."""
 
     shared = False
 
@@ -37,10 +38,14 @@ class RunAllocator:
     def bind(self, num_blocks: int) -> None:
         self._n = self._free = num_blocks
         self._epoch = 0
-        self._stamp = integers(num_blocks, "q")  # _USED, 0 for plain, else the epoch in which it was given back
+        self._stamp = integers(
+            num_blocks, "q"
+        )  # _USED, 0 for plain, else the epoch in which it was given back
         self._other = integers(num_blocks)
         self._next, self._previous = integers(num_blocks + _BINS), integers(num_blocks + _BINS)
-        self._oldest = num_blocks  # sentinel of the cached segments in order of age; bin k's sentinel is _oldest + k
+        self._oldest = (
+            num_blocks  # sentinel of the cached segments in order of age; bin k's sentinel is _oldest + k
+        )
         for sentinel in range(num_blocks, num_blocks + _BINS):
             self._next[sentinel] = self._previous[sentinel] = sentinel
         self._bins = 0  # bit k: bin k is not empty
@@ -106,13 +111,14 @@ class RunAllocator:
         if found is None:
             assert plain is not None, "free blocks are in no segment"
             return plain[0], plain[0], plain[1]
-        segment, first, last = found
+        _, first, last = found
         if plain is not None and last - first < min(n - 1, plain[1] - plain[0]):
             return plain[0], plain[0], plain[1]
         return found
 
     def _may_grow_into(self, block: int) -> bool:
-        """Plain blocks, or cached ones of the older half: a hot prefix is worth more than growing in place."""
+        """Plain blocks, or cached ones of the older half: a hot prefix is worth more than growing in
+        place."""
         stamp = self._stamp[block]
         if stamp <= 0:
             return stamp == 0
@@ -136,7 +142,8 @@ class RunAllocator:
         return best, self._other[best]
 
     def _oldest_cached(self, n: int) -> tuple[int, int, int] | None:
-        """Of the runs of ``n`` blocks around old cached segments the one whose newest block is oldest; else the longest."""
+        """Of the runs of ``n`` blocks around old cached segments the one whose newest block is oldest; else
+        the longest."""
         best, best_newest, best_length = None, 0, 0
         at = self._next[self._oldest]
         for _ in range(_SCAN):
@@ -150,8 +157,8 @@ class RunAllocator:
         return best
 
     def _grown(self, segment: int, n: int) -> tuple[int, int, int, int]:
-        """The run of up to ``n`` blocks that ends with ``segment``, or goes on behind it when the space before it is
-        too short: (segment of its start, first, last, newest stamp)."""
+        """The run of up to ``n`` blocks that ends with ``segment``, or goes on behind it when the space
+        before it is too short: (segment of its start, first, last, newest stamp)."""
         stamp, other = self._stamp, self._other
         last, newest = other[segment], stamp[segment]
         first = max(segment, last - n + 1)
@@ -167,7 +174,8 @@ class RunAllocator:
     # Segments
 
     def _start_of(self, block: int) -> int:
-        """The start of the cached segment around ``block``; prefixes are revived from their start, so near."""
+        """The start of the cached segment around ``block``; prefixes are revived from their start, so
+        near."""
         stamp = self._stamp[block]
         while block > 0 and self._stamp[block - 1] == stamp:
             block -= 1
@@ -226,16 +234,22 @@ class RunAllocator:
         for sentinel in range(self._oldest, self._oldest + _BINS):
             at = self._next[sentinel]
             is_plain = sentinel != self._oldest
-            assert not is_plain or bool(self._bins >> (sentinel - self._oldest) & 1) == (at != sentinel), "wrong bin bit"
+            assert not is_plain or bool(self._bins >> (sentinel - self._oldest) & 1) == (at != sentinel), (
+                "wrong bin bit"
+            )
             while at != sentinel:
                 end = self._other[at]
                 length, stamps = end - at + 1, set(self._stamp[at : end + 1])
                 assert self._other[end] == at and len(stamps) == 1, f"segment at {at} is broken"
                 stamp = stamps.pop()
                 assert (stamp == 0) == is_plain, f"segment at {at} is in the wrong list"
-                assert end + 1 == self._n or self._stamp[end + 1] != stamp, f"segment at {at} is not coalesced"
+                assert end + 1 == self._n or self._stamp[end + 1] != stamp, (
+                    f"segment at {at} is not coalesced"
+                )
                 if is_plain:
-                    assert self._oldest + length.bit_length() == sentinel, f"segment at {at} is in the wrong bin"
+                    assert self._oldest + length.bit_length() == sentinel, (
+                        f"segment at {at} is in the wrong bin"
+                    )
                 else:
                     assert stamp >= age, "cached segments are out of order"
                     age = stamp

@@ -1,4 +1,5 @@
-"""Free blocks that several processes take from: prefill and decode workers over one pool (semi-PD, arXiv 2504.19867)."""
+"""Free blocks that several processes take from: prefill and decode workers over one pool (semi-PD, arXiv
+2504.19867)."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ from .allocators import BlocksTaken, LRUAllocator
 class SharedAllocator(LRUAllocator):
     """An LRUAllocator whose arrays lie in memory shared between processes; every take and give is atomic.
 
-    Create it in one process and hand it to others (it pickles as a reference), where each has a BlockManager of its
-    own; its prefixes are found only by the manager that published them, and are lost when another process takes their
-    blocks. The memory is a file that is also the lock, so a killed process leaves no lock behind: the next one to come
-    repairs what it had half done, and :meth:`reap` returns what it held.
+    Create it in one process and hand it to others (it pickles as a reference), where each has a BlockManager
+    of its own; its prefixes are found only by the manager that published them, and are lost when another
+    process takes their blocks. The memory is a file that is also the lock, so a killed process leaves no lock
+    behind: the next one to come repairs what it had half done, and :meth:`reap` returns what it held.
 
     The creator's :meth:`close`, garbage collection or exit removes the file; who has it open can go on.
     """
@@ -71,7 +72,9 @@ class SharedAllocator(LRUAllocator):
         """Exclude all other threads and processes. A set first word tells that the last one died inside."""
         with self._mutex:
             if os.getpid() != self._pid:
-                raise RuntimeError("a SharedAllocator does not survive fork: pass it to a spawned process instead")
+                raise RuntimeError(
+                    "a SharedAllocator does not survive fork: pass it to a spawned process instead"
+                )
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
                 if self._words[0]:
@@ -151,7 +154,9 @@ class SharedAllocator(LRUAllocator):
     def free_blocks(self) -> list[int]:
         with self._locked():
             blocks = super().free_blocks()
-            assert all((self._owner[b] == 0) == (b in free) for free in [set(blocks)] for b in range(self._n)), "owners differ"
+            assert all(
+                (self._owner[b] == 0) == (b in free) for free in [set(blocks)] for b in range(self._n)
+            ), "owners differ"
             return blocks
 
 

@@ -1,4 +1,5 @@
-"""Time as a thing that is passed in, so that one policy runs on a wall clock, in a simulator and in a test."""
+"""Time as a thing that is passed in, so that one policy runs on a wall clock, in a simulator and in a
+test."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class WallClock:
 
 
 class VirtualClock:
-    """Time that moves only when :meth:`advance` is called; sleepers and callbacks run in (time, order of asking)."""
+    """Time that moves only when :meth:`advance` is called; sleepers and callbacks run in (time, order of
+    asking)."""
 
     def __init__(self, start: float = 0.0, unix_start: float = 0.0) -> None:
         self._now, self._offset = start, unix_start - start
