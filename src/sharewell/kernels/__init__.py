@@ -1,4 +1,4 @@
-"""Compute kernels that need no compiler on the user's machine, each with a plain twin it is tested against."""
+"""Compute kernels that need no compiler on the user's machine, each tested against a plain twin."""
 
 from .packing import (
     FORMATS,

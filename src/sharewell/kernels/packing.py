@@ -1,7 +1,8 @@
 """Weights in the order in which the tiles of :mod:`sharewell.kernels.simd` read them.
 
-Features come in panels of 64 (four vectors of 16 lanes) that follow each other as one stream, which the hardware
-prefetches; the number of features is padded with zeros to whole panels. Groups are 32 columns, as in GGUF's Q4_1 and Q8_0.
+Features come in panels of 64 (four vectors of 16 lanes) that follow each other as one stream, which the
+hardware prefetches; the number of features is padded with zeros to whole panels. Groups are 32 columns, as
+in GGUF's Q4_1 and Q8_0.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ PAD = 64
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix ``[n, k]`` packed for the tiles; ``data`` is one contiguous stream of panels of 64 features."""
+    """A matrix ``[n, k]`` packed for the tiles; ``data`` is one contiguous stream of panels of 64
+    features.
+    """
 
     format: Format
     n: int
@@ -36,11 +39,17 @@ class PackedMatrix:
         return self.data.numel() * self.data.element_size()
 
     def row(self) -> list[int]:
-        """Address and sizes as the compiled step reads them: format, data, n_padded, k."""
-        return [FORMATS[self.format], self.data.data_ptr(), self.n_padded, self.k]
+        """What the compiled step reads: format, data, n_padded, k, address of the format's product."""
+        from .gemm import product_entry
+
+        return [
+            FORMATS[self.format], self.data.data_ptr(), self.n_padded, self.k, product_entry(self.format),
+        ]  # fmt: skip
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows ``ids`` (int64 ``[T]``) of the matrix, float32 ``[T, k]``: an embedding read from packed weights."""
+        """Rows ``ids`` (int64 ``[T]``) of the matrix, float32 ``[T, k]``: an embedding read from packed
+        weights.
+        """
         import torch
 
         panel, block, lane = ids // PAD, ids % PAD // 16, ids % 16
@@ -48,24 +57,28 @@ class PackedMatrix:
             return self.data[panel, :, block, lane].reshape(len(ids), self.k).float()
         q, d, m = self._parts()
         scale = d[panel, :, block, lane].float().repeat_interleave(GROUP, 1)
+        octets = q[panel, :, :, block, lane]
         if self.format == "int8":
-            return q[panel, :, :, block, lane].reshape(len(ids), self.k).float() * scale
-        word = q[panel, :, :, block, lane].reshape(len(ids), self.k // 8)
-        octets = torch.stack([(word >> (4 * (j // 2) + 16 * (j % 2))) & 15 for j in range(8)], -1)
-        return octets.reshape(len(ids), self.k).float() * scale + m[panel, :, block, lane].float().repeat_interleave(GROUP, 1)
+            return (octets.reshape(len(ids), self.k).int() - 128).float() * scale
+        octets = torch.stack([octets & 15, octets >> 4], 2)
+        minimum = m[panel, :, block, lane].float().repeat_interleave(GROUP, 1)
+        return octets.reshape(len(ids), self.k).float() * scale + minimum
 
     def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of a quantised stream: q, d ``[panels, groups, 4, 16]`` float16 and m (int4) likewise."""
+        """Views of a quantised stream: q ``[panels, groups, 4 or 8, 4, 16, 4]`` uint8; d and m (int4) float16
+        ``[panels, groups, 4, 16]``."""
         import torch
 
         panels, groups = self.n_padded // PAD, self.k // GROUP
-        if self.format == "int8":
-            q = self.data[:, :, :2048].view(torch.int8).view(panels, groups, 16, 4, 16, 2)
-            d = self.data[:, :, 2048:].view(torch.float16).view(panels, groups, 4, 16)
-            return q, d, d
-        q = self.data[:, :, :1024].view(torch.int32).view(panels, groups, 4, 4, 16)
-        d = self.data[:, :, 1024:1152].view(torch.float16).view(panels, groups, 4, 16)
-        return q, d, self.data[:, :, 1152:].view(torch.float16).view(panels, groups, 4, 16)
+        end = 2048 if self.format == "int8" else 1024
+        q = self.data[:, :, :end].view(panels, groups, -1, 4, 16, 4)
+        d = self.data[:, :, end : end + 128].view(torch.float16).view(panels, groups, 4, 16)
+        m = (
+            d
+            if self.format == "int8"
+            else self.data[:, :, 1152:].view(torch.float16).view(panels, groups, 4, 16)
+        )
+        return q, d, m
 
 
 def _pad_rows(matrix: torch.Tensor) -> torch.Tensor:
@@ -89,7 +102,9 @@ def pack_dense(weight: torch.Tensor, format: Literal["float32", "bfloat16"]) -> 
 
     n, k = weight.shape
     if format == "float32":
-        return PackedMatrix(format, n, k, _pad_rows(weight.float()).view(-1, 4, 16, k).permute(0, 3, 1, 2).contiguous())
+        return PackedMatrix(
+            format, n, k, _pad_rows(weight.float()).view(-1, 4, 16, k).permute(0, 3, 1, 2).contiguous()
+        )
     if k % 2:
         raise ValueError(f"k must be even for bfloat16 tiles, got {k}")
     pairs = _pad_rows(weight.to(torch.bfloat16)).view(-1, 4, 16, k // 2, 2)
@@ -102,27 +117,30 @@ def pack_int8(q: torch.Tensor, d: torch.Tensor) -> PackedMatrix:
 
     n, k = q.shape
     _check_groups(k)
-    pairs = _pad_rows(q.to(torch.int8)).view(-1, 4, 16, k // GROUP, 16, 2).permute(0, 3, 4, 1, 2, 5).contiguous()
-    records = pairs.view(torch.uint8).view(-1, k // GROUP, 2048)
+    unsigned = _pad_rows((q.to(torch.int16) + 128).to(torch.uint8))
+    octets = unsigned.view(-1, 4, 16, k // GROUP, 8, 4).permute(0, 3, 4, 1, 2, 5)
+    records = octets.reshape(-1, k // GROUP, 2048)
     return PackedMatrix("int8", n, k, torch.cat([records, _group_bytes(d)], -1).contiguous())
 
 
 def pack_int4(q: torch.Tensor, d: torch.Tensor, m: torch.Tensor) -> PackedMatrix:
-    """Pack ``q [n, k]`` in 0..15 with scales and offsets ``[n, k / 32]`` (value = d q + m, both rounded to float16)."""
+    """Pack ``q [n, k]`` in 0..15 with scales and offsets ``[n, k / 32]`` (value = d q + m, both rounded to
+    float16).
+    """
     import torch
 
     n, k = q.shape
     _check_groups(k)
-    pairs = _pad_rows(q.to(torch.int32)).view(-1, 4, 16, k // 8, 4, 2).permute(0, 3, 1, 2, 4, 5)
-    word = torch.zeros(pairs.shape[:4], dtype=torch.int32)
-    for p in range(4):
-        word |= (pairs[..., p, 0] << (4 * p)) | (pairs[..., p, 1] << (16 + 4 * p))
-    records = word.contiguous().view(torch.uint8).view(-1, k // GROUP, 1024)
+    halves = _pad_rows(q.to(torch.uint8)).view(-1, 4, 16, k // GROUP, 2, 4, 4)
+    octets = (halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)).permute(0, 3, 4, 1, 2, 5)
+    records = octets.reshape(-1, k // GROUP, 1024)
     return PackedMatrix("int4", n, k, torch.cat([records, _group_bytes(d), _group_bytes(m)], -1).contiguous())
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 in groups of 32 columns (Q8_0): ``(q [n, k] int8, d [n, k / 32] float16)``, to nearest."""
+    """Symmetric int8 in groups of 32 columns (Q8_0): ``(q [n, k] int8, d [n, k / 32] float16)``, to
+    nearest.
+    """
     import torch
 
     n, k = weight.shape
@@ -134,7 +152,9 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Asymmetric 4 bits in groups of 32 columns (Q4_1): ``(q [n, k] uint8 0..15, d, m [n, k / 32] float16)``."""
+    """Asymmetric 4 bits in groups of 32 columns (Q4_1): ``(q [n, k] uint8 0..15, d, m [n, k / 32]
+    float16)``.
+    """
     import torch
 
     n, k = weight.shape

@@ -1,4 +1,4 @@
-"""Models: their weights, tokenizers, chat templates and embedders, and the decoder interface that runs them."""
+"""Models: weights, tokenizers, chat templates, embedders, and the decoder interface that runs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate, TemplateError
     from .checkpoint import Checkpoint, GroupQuantized, export_hf, load_transformers
     from .config import ModelConfig, ModelError
-    from .decoder import Decoder
+    from .decoder import Decoder, WholeDecoder
     from .embedder import (
         DifferentiableEmbedder,
         Embedder,
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
         load_embedder,
     )
     from .fused import FusedDecoder, TiledPool
+    from .interface_decoder import InterfaceDecoder
     from .lora import AdapterError, LoraAdapter, load_peft_adapter
     from .registry import SOURCES, Source, cache_root, cached, resolve_model
-    from .stock import StockDecoder
+    from .stock import StockDecoder, load_stock_decoder
     from .tokenizer import IncrementalDetokenizer, Tokenizer
 
 # Public names and the file that has them: importing the room takes no torch until a name needs it.
@@ -34,6 +35,7 @@ _HOME = {
     "ModelConfig": "config",
     "ModelError": "config",
     "Decoder": "decoder",
+    "WholeDecoder": "decoder",
     "DifferentiableEmbedder": "embedder",
     "Embedder": "embedder",
     "MiniLMOnnxEmbedder": "embedder",
@@ -41,6 +43,7 @@ _HOME = {
     "load_embedder": "embedder",
     "FusedDecoder": "fused",
     "TiledPool": "fused",
+    "InterfaceDecoder": "interface_decoder",
     "AdapterError": "lora",
     "LoraAdapter": "lora",
     "load_peft_adapter": "lora",
@@ -50,6 +53,7 @@ _HOME = {
     "cached": "registry",
     "resolve_model": "registry",
     "StockDecoder": "stock",
+    "load_stock_decoder": "stock",
     "IncrementalDetokenizer": "tokenizer",
     "Tokenizer": "tokenizer",
 }

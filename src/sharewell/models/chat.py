@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was trained on (Jinja in a sandbox, as transformers does)."""
+"""Chat templates: messages to the text that a model was trained on, in a Jinja sandbox."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .config import ModelError
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -33,7 +33,9 @@ def _raise(message: str) -> None:
 
 
 class ChatTemplate:
-    """The chat template of a model folder; ChatML when the folder has none. Raises ModelError for a broken one."""
+    """The chat template of a model folder; ChatML when the folder has none. Raises ModelError for a broken
+    one.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
@@ -46,8 +48,12 @@ class ChatTemplate:
             named = {t["name"]: t["template"] for t in source}
             source = named.get("default") or next(iter(named.values()))
         self.source: str = source or CHATML
-        self._tokens = {name: _token_text(raw.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        self._tokens = {
+            name: _token_text(raw.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -68,7 +74,9 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt text. Raises TemplateError with the template's own words when it refuses the messages."""
+        """The prompt text. Raises TemplateError with the template's own words when it refuses the
+        messages.
+        """
         try:
             return self._template.render(
                 messages=list(messages),

@@ -1,4 +1,4 @@
-"""Weights by their Hugging Face names, from safetensors folders and from our own lossless form of GGUF blocks."""
+"""Weights by their Hugging Face names: safetensors folders, and our own lossless form of GGUF blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ OWN_FILE = "weights.safetensors"
 
 @dataclass(frozen=True)
 class GroupQuantized:
-    """A matrix ``[n, k]`` in groups of ``group`` columns: value = d q + m. q uint8 (with m) or int8; d, m ``[n, k / group]``."""
+    """A matrix ``[n, k]`` in groups of ``group`` columns: value = d q + m. q uint8 (with m) or int8; d, m
+    ``[n, k / group]``.
+    """
 
     q: torch.Tensor
     d: torch.Tensor
@@ -39,7 +41,9 @@ class GroupQuantized:
 
 
 class Checkpoint:
-    """The tensors of a model folder, read lazily. Raises ModelError for what is missing, truncated or corrupt."""
+    """The tensors of a model folder, read lazily. Raises ModelError for what is missing, truncated or
+    corrupt.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -102,7 +106,9 @@ class Checkpoint:
 
 
 def load_transformers(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The stock transformers model with the weights of ``folder`` (either form): the oracle and the fallback."""
+    """The stock transformers model with the weights of ``folder`` (either form): the oracle and the
+    fallback.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
@@ -128,7 +134,9 @@ def _materialize_buffers(model: PreTrainedModel, config: object) -> None:
 
 
 def export_hf(folder: Path | str, out: Path | str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write ``folder`` as a plain Hugging Face folder (config, tokenizer, one safetensors file) to ``out``."""
+    """Write ``folder`` as a plain Hugging Face folder (config, tokenizer, one safetensors file) to
+    ``out``.
+    """
     import shutil
 
     from safetensors.torch import save_file

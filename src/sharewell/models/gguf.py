@@ -37,14 +37,19 @@ def _hf_name(name: str) -> str:
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp pairs neighbouring rows for the rotation; Hugging Face pairs the halves of a head."""
-    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
 
 
 def convert_gguf(path: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write ``config.json``, tokenizer files and ``weights.safetensors`` of the GGUF at ``path`` into ``out``.
+    """Write ``config.json``, tokenizer files and ``weights.safetensors`` of the GGUF at ``path`` into
+    ``out``.
 
-    ``progress(done, total)`` counts tensors. Raises ModelError for a file that is not a readable Llama GGUF with
-    Q4_1, Q8_0, F16 or F32 tensors.
+    ``progress(done, total)`` counts tensors. Raises ModelError for a file that is not a readable Llama GGUF
+    with Q4_1, Q8_0, F16 or F32 tensors.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -57,7 +62,9 @@ def convert_gguf(path: Path, out: Path, progress: Callable[[int, int], None] | N
         raise ModelError(f"{path} is not a readable GGUF file: {error}") from None
     meta = {name: field.contents() for name, field in reader.fields.items()}
     if meta.get("general.architecture") != "llama":
-        raise ModelError(f"{path}: general.architecture must be 'llama', got {meta.get('general.architecture')!r}")
+        raise ModelError(
+            f"{path}: general.architecture must be 'llama', got {meta.get('general.architecture')!r}"
+        )
     heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
     tensors: dict[str, np.ndarray] = {}
     for done, tensor in enumerate(reader.tensors):
@@ -81,7 +88,9 @@ def convert_gguf(path: Path, out: Path, progress: Callable[[int, int], None] | N
         elif kind in ("F32", "F16"):
             tensors[name] = arrange(np.array(tensor.data))
         else:
-            raise ModelError(f"{path}: tensor {tensor.name!r} has type {kind}; supported are Q4_1, Q8_0, F16, F32")
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} has type {kind}; supported are Q4_1, Q8_0, F16, F32"
+            )
         if progress:
             progress(done + 1, len(reader.tensors))
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,9 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """Low-rank updates W + scale B A (arXiv 2106.09685): ``targets[layer, projection] = (A [rank, in], B [out, rank])``."""
+    """Low-rank updates W + scale B A (arXiv 2106.09685): ``targets[layer, projection] = (A [rank, in], B
+    [out, rank])``.
+    """
 
     name: str
     rank: int
@@ -30,22 +32,10 @@ class LoraAdapter:
     targets: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every projection that an adapter may touch."""
-    attention, kv, hidden, inner = config.n_heads * config.head_dim, config.kv_width, config.hidden_size, config.intermediate_size
-    return {
-        "q_proj": (attention, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, attention),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
-
-
 def load_peft_adapter(folder: Path | str, config: ModelConfig, name: str | None = None) -> LoraAdapter:
-    """Read ``adapter_config.json`` and ``adapter_model.safetensors``. Raises AdapterError; nothing is ever unpickled."""
+    """Read ``adapter_config.json`` and ``adapter_model.safetensors``. Raises AdapterError; nothing is ever
+    unpickled.
+    """
     folder = Path(folder)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
@@ -60,7 +50,9 @@ def load_peft_adapter(folder: Path | str, config: ModelConfig, name: str | None 
         raise AdapterError(f"{folder}: bias must be 'none', got {settings['bias']!r}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise AdapterError(f"{folder}: r must be a positive integer and lora_alpha a number, got {rank!r} and {alpha!r}")
+        raise AdapterError(
+            f"{folder}: r must be a positive integer and lora_alpha a number, got {rank!r} and {alpha!r}"
+        )
     path = folder / "adapter_model.safetensors"
     try:
         tensors = load_file(path)
@@ -68,7 +60,7 @@ def load_peft_adapter(folder: Path | str, config: ModelConfig, name: str | None 
         raise AdapterError(f"{path} cannot be read (only safetensors is accepted): {error}") from None
 
     found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    shapes = _shapes(config)
+    shapes = config.projection_shapes()
     for key, tensor in tensors.items():
         match = _KEY.search(key)
         if match is None or match[2] not in shapes:
@@ -77,9 +69,13 @@ def load_peft_adapter(folder: Path | str, config: ModelConfig, name: str | None 
         out, into = shapes[projection]
         expected = (rank, into) if side == "A" else (out, rank)
         if layer >= config.n_layers:
-            raise AdapterError(f"{path}: tensor {key!r} is for layer {layer}, the model has {config.n_layers}")
+            raise AdapterError(
+                f"{path}: tensor {key!r} is for layer {layer}, the model has {config.n_layers}"
+            )
         if tuple(tensor.shape) != expected:
-            raise AdapterError(f"{path}: tensor {key!r} must have shape {expected}, got {tuple(tensor.shape)}")
+            raise AdapterError(
+                f"{path}: tensor {key!r} must have shape {expected}, got {tuple(tensor.shape)}"
+            )
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{path}: tensor {key!r} holds NaN or infinite values")
         found.setdefault((layer, projection), {})[side] = tensor.float()

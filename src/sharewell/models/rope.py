@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> torch.Tensor:
-    """Angular frequencies float64 ``[head_dim / 2]`` (RoPE, arXiv 2104.09864; "llama3" and "linear" scalings).
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None
+) -> torch.Tensor:
+    """Angular frequencies float64 ``[head_dim / 2]`` (RoPE, arXiv 2104.09864; "llama3" and "linear"
+    scalings).
 
     Raises ValueError for a scaling type that is not one of default, linear, llama3.
     """

@@ -1,4 +1,4 @@
-"""A Llama-, Qwen- or Mistral-like transformers model taken apart: the fallback off the fused path, and its oracle.
+"""A Llama-, Qwen- or Mistral-like transformers model taken apart: fallback off the fused path, and oracle.
 
 Runs the model's own modules, so it works in any dtype and on CUDA.
 """
@@ -11,11 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint import load_transformers
-from .config import ModelConfig, ModelError
+from .config import FUSABLE, ModelConfig, ModelError
+from .interface_decoder import InterfaceDecoder
 from .rope import rotate
 
 if TYPE_CHECKING:
     from .lora import LoraAdapter
+
+
+def load_stock_decoder(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", max_adapters: int = 0
+) -> StockDecoder | InterfaceDecoder:
+    """The decoder that runs transformers' own code for ``folder``: layer by layer for a Llama-like model,
+    which adapters need, whole for any other. Raises ModelError for a model that neither can run."""
+    config = ModelConfig.from_folder(folder)
+    if config.architecture in FUSABLE and not config.mixed_attention:
+        return StockDecoder.from_folder(folder, dtype, device, max_adapters)
+    return InterfaceDecoder.from_folder(folder, dtype, device)
+
 
 _NEEDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -23,27 +36,40 @@ _NEEDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 class StockDecoder:
     """The :class:`~sharewell.models.Decoder` interface over a transformers model's own layers.
 
-    Raises ModelError naming the class and what is missing when the layers are not those of a Llama-like decoder.
+    Raises ModelError naming the class and what is missing when the layers are not those of a Llama-like
+    decoder.
     """
 
     def __init__(self, model: Any, config: ModelConfig, max_adapters: int = 0) -> None:
         inner = getattr(model, "model", None)
         layers = getattr(inner, "layers", None)
         name = type(model).__name__
-        if inner is None or layers is None or not hasattr(inner, "rotary_emb") or not hasattr(inner, "norm"):
-            raise ModelError(f"{name} cannot be taken apart: model.layers, model.norm or model.rotary_emb is missing")
+        if config.architecture not in FUSABLE:
+            raise ModelError(f"{name} cannot be taken apart: it is not Llama-, Qwen2/3- or Mistral-like")
+        if inner is None or not layers or not hasattr(inner, "rotary_emb") or not hasattr(inner, "norm"):
+            raise ModelError(
+                f"{name} cannot be taken apart: model.layers, model.norm or model.rotary_emb is missing"
+            )
         missing = [part for part in _NEEDED if not hasattr(layers[0], part)]
         if missing:
             raise ModelError(f"{name} cannot be taken apart: its layers lack {', '.join(missing)}")
+        if config.mixed_attention:
+            raise ModelError(f"{name} cannot be taken apart: its layers mix kinds of attention")
         self.model, self.config = model, config
         self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         self._layers = layers
-        self._lora: list[dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None] = [None] * max_adapters
+        self._lora: list[dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None] = [
+            None
+        ] * max_adapters
 
     @classmethod
     def from_folder(
-        cls, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", max_adapters: int = 0
+        cls,
+        folder: Path | str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        max_adapters: int = 0,
     ) -> StockDecoder:
         """Load ``folder`` (either weight form) into transformers modules."""
         model = load_transformers(folder, dtype).to(device)  # pyright: ignore[reportArgumentType]
@@ -52,7 +78,9 @@ class StockDecoder:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.model.embed_tokens(token_ids.to(self.device))
 
-    def _project(self, layer: int, parent: Any, part: str, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    def _project(
+        self, layer: int, parent: Any, part: str, x: torch.Tensor, slots: torch.Tensor | None
+    ) -> torch.Tensor:
         y = getattr(parent, part)(x)
         if slots is None:
             return y
@@ -70,7 +98,8 @@ class StockDecoder:
         x, attention = block.input_layernorm(h), block.self_attn
         dim = self.config.head_dim
         q, k, v = (
-            self._project(layer, attention, p, x, adapter_slots).view(len(h), -1, dim) for p in ("q_proj", "k_proj", "v_proj")
+            self._project(layer, attention, p, x, adapter_slots).view(len(h), -1, dim)
+            for p in ("q_proj", "k_proj", "v_proj")
         )
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
@@ -81,7 +110,9 @@ class StockDecoder:
     def attn_out(
         self, layer: int, h: torch.Tensor, o: torch.Tensor, adapter_slots: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return h + self._project(layer, self._layers[layer].self_attn, "o_proj", o.reshape(len(h), -1), adapter_slots)
+        return h + self._project(
+            layer, self._layers[layer].self_attn, "o_proj", o.reshape(len(h), -1), adapter_slots
+        )
 
     def mlp(self, layer: int, h: torch.Tensor, adapter_slots: torch.Tensor | None = None) -> torch.Tensor:
         block = self._layers[layer]

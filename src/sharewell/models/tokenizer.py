@@ -13,7 +13,10 @@ from .config import ModelError
 
 
 class Tokenizer:
-    """The tokenizer of a model folder (``tokenizer.json``). Raises ModelError when it is missing or unreadable."""
+    """The tokenizer of a model folder (``tokenizer.json``).
+
+    Raises ModelError when it is missing or unreadable.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         path = Path(folder) / "tokenizer.json"
@@ -23,9 +26,13 @@ class Tokenizer:
             self.backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{path} cannot be read: {error}") from None
-        self.special_ids = frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
+        self.special_ids = frozenset(
+            i for i, t in self.backend.get_added_tokens_decoder().items() if t.special
+        )
         raw = json.loads(self.backend.to_str())
-        self._byte_level = "ByteLevel" in json.dumps(raw.get("decoder")) or "ByteLevel" in json.dumps(raw.get("pre_tokenizer"))
+        self._byte_level = "ByteLevel" in json.dumps(raw.get("decoder")) or "ByteLevel" in json.dumps(
+            raw.get("pre_tokenizer")
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -73,15 +80,19 @@ _CHAR_TO_BYTE = _byte_alphabet()
 
 
 class IncrementalDetokenizer:
-    """Text piece by piece, equal in sum to decoding at once; holds back characters whose bytes are not complete.
+    """Text piece by piece, equal in sum to decoding at once; holds back characters whose bytes are not
+    complete.
 
     Special tokens give no text. Work per token does not grow with the length of the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tail_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_tail_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        # A decoder may treat a text's first token differently (a leading space), so decode behind a known tail.
+        # A decoder may treat a text's first token differently (a leading space), so decode behind a known
+        # tail.
         self._ids: list[int] = list(prompt_tail_ids[-4:])
         self._prefix = len(self._ids)
         self._known = self._decode(self._ids)
@@ -96,7 +107,7 @@ class IncrementalDetokenizer:
             self._ids.append(token)
             text = self._decode(self._ids)
             if text.endswith("\ufffd") and len(self._ids) - self._prefix < 8:
-                continue  # a character still lacks bytes; after 8 tokens it is a replacement character for good
+                continue  # a character lacks bytes; after 8 tokens it stays a replacement character
             out.append(text[len(self._known) :])
             self._ids = self._ids[self._prefix :] if len(self._ids) > self._prefix else self._ids
             self._ids = self._ids[-4:]
