@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -322,6 +325,18 @@ def test_only_models_that_generate_are_offered(tab: Tab) -> None:
     assert len(offered) < len(known)  # the embedding model is known, and not offered
 
 
+def test_other_processes_that_take_cores_are_told(tab: Tab) -> None:
+    page = tab.open()
+    rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        page.wait_for_selector("#competing", state="visible", timeout=60_000)
+        assert "Other processes use" in page.inner_text("#competing")
+    finally:
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
+
+
 def test_hidden_tab_asks_nothing(tab: Tab) -> None:
     page = tab.open()
     page.wait_for_selector("#dot[data-state=idle], #dot[data-state=busy]")
@@ -440,7 +455,11 @@ MARKS = st.sampled_from(
 def test_model_text_never_becomes_markup(tab: Tab) -> None:
     page = tab.open()
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=15,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     @given(st.lists(st.lists(MARKS | st.text(max_size=6), max_size=20).map("".join), min_size=1, max_size=20))
     def check(texts: list[str]) -> None:
         for text, seen in zip(texts, page.evaluate(RENDER, texts), strict=True):

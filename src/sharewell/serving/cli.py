@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .api.keys import StateStore
 
 keys_app = typer.Typer(help="API keys of the server: add, list, revoke.", no_args_is_help=True)
 StateOption = Annotated[
     Path | None, typer.Option("--state", help="SQLite file of keys, usage and stored responses.")
 ]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def state_path(given: Path | None) -> Path:
@@ -23,7 +30,7 @@ def state_path(given: Path | None) -> Path:
     return given or Path(os.environ.get("SHAREWELL_STATE") or user_data_path("sharewell") / "server.sqlite3")
 
 
-def _bytes(text: str) -> int:
+def _bytes(text: str, option: str) -> int:
     units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
     lowered = text.lower().removesuffix("ib").removesuffix("b")
     try:
@@ -31,7 +38,7 @@ def _bytes(text: str) -> int:
         return int(float(lowered[:-1] if lowered[-1:] in units else lowered) * scale)
     except ValueError:
         raise typer.BadParameter(
-            f"must be a size such as 512M or 2G, got {text!r}", param_hint="--kv-cache"
+            f"must be a size such as 512M or 2G, got {text!r}", param_hint=option
         ) from None
 
 
@@ -84,6 +91,19 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option(help="One kernel whatever the batch (the fused runner always is).")
     ] = False,
+    max_body: Annotated[str, typer.Option(help="Largest request body, such as 16M.")] = "16M",
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Most connections; further ones get 503.")
+    ] = 1000,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds that a request's head, and its body, may take to arrive.")
+    ] = 30.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that a stop waits for what is under way.")
+    ] = 30.0,
+    recover_timeout: Annotated[
+        float, typer.Option(help="Seconds that requests wait for an engine that died to be back.")
+    ] = 60.0,
     state: StateOption = None,
 ) -> None:
     """Serve a model to OpenAI clients, with a page at /.
@@ -100,11 +120,9 @@ def serve(
 
     Then, with any OpenAI client: base_url="http://127.0.0.1:8000/v1", model="smollm2".
     """
-    from ..models import ModelError, resolve_model
-    from .api.app import NotReady, run
-    from .api.config import ServerConfig
-    from .core.config import EngineConfig
-    from .core.process import EngineFailed
+    from ..models import resolve_model
+    from .api import ServerConfig, bind, create_app, run
+    from .core import EngineConfig, EngineFailed
 
     level = os.environ.get("SHAREWELL_LOG", "WARNING").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
@@ -116,35 +134,59 @@ def serve(
                 f"must be NAME=FOLDER with a folder that exists, got {entry!r}", param_hint="--lora"
             )
         adapters[name] = path
-    try:
-        engine = EngineConfig(
-            model=model, dtype=dtype, device=device, runner=runner, threads=threads, max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]
-            kv_cache_bytes=_bytes(kv_cache) if kv_cache else None, max_seqs=max_seqs, max_waiting=max_waiting,
-            max_batch_tokens=max(max_batch_tokens, max_seqs), prefix_sharing=prefix_sharing, adapters=adapters,
-            max_adapters=max_adapters, deterministic=deterministic,
-        )  # fmt: skip
-        config = ServerConfig(
-            engine=engine, host=host, port=port, served_names=tuple(served_model_name or ()), share_scope=share_scope,
-            embedding_model=embedding_model, cors_origins=tuple(cors_origin or ()), state_path=state_path(state),
-        )  # fmt: skip
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    try:
+    engine = EngineConfig(
+        model=model,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        device=device,  # pyright: ignore[reportArgumentType]
+        runner=runner,  # pyright: ignore[reportArgumentType]
+        threads=threads,
+        max_model_len=max_model_len,
+        kv_cache_bytes=_bytes(kv_cache, "--kv-cache") if kv_cache else None,
+        max_seqs=max_seqs,
+        max_waiting=max_waiting,
+        max_batch_tokens=max(max_batch_tokens, max_seqs),
+        prefix_sharing=prefix_sharing,
+        adapters=adapters,
+        max_adapters=max_adapters,
+        deterministic=deterministic,
+    )
+    config = ServerConfig(
+        engine=engine,
+        host=host,
+        port=port,
+        served_names=tuple(served_model_name or ()),
+        share_scope=share_scope,
+        embedding_model=embedding_model,
+        cors_origins=tuple(cors_origin or ()),
+        state_path=state_path(state),
+        max_body_bytes=_bytes(max_body, "--max-body"),
+        max_connections=max_connections,
+        body_timeout_s=body_timeout,
+        drain_timeout_s=drain_timeout,
+        recover_timeout_s=recover_timeout,
+    )
+    listener = bind(config)  # before anything heavy: a port that is taken is told at once
+    with listener:
         resolve_model(model)
-        if embedding_model == "minilm":
-            resolve_model("minilm")
-        run(config)
-    except (ModelError, NotReady, EngineFailed, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        resolve_model(embedding_model)
+        app = create_app(config)
+        try:
+            run(config, app, listener, typer.echo)
+        except EngineFailed as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
 
 
-def _store(state: Path | None):  # noqa: ANN202
+@contextmanager
+def _store(state: Path | None) -> Iterator[StateStore]:
     from ..simulation import WallClock
     from .api.keys import StateStore
 
-    return StateStore(state_path(state), WallClock())
+    store = StateStore(state_path(state), WallClock())
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 @keys_app.command("add")
@@ -153,28 +195,26 @@ def add_key(
     requests_per_min: Annotated[int | None, typer.Option(help="Most requests a minute.")] = None,
     tokens_per_min: Annotated[int | None, typer.Option(help="Most tokens a minute.")] = None,
     total_tokens: Annotated[int | None, typer.Option(help="Most tokens in all.")] = None,
+    as_json: JsonOption = False,
     state: StateOption = None,
 ) -> None:
-    """Create a key and print its secret, this once.
+    """Create a key and print its secret, this once. From the first key on every request must carry one.
 
     Example: sharewell keys add alice --tokens-per-min 20000
     """
-    try:
-        typer.echo(_store(state).add_key(name, requests_per_min, tokens_per_min, total_tokens))
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    with _store(state) as store:
+        secret = store.add_key(name, requests_per_min, tokens_per_min, total_tokens)
+    typer.echo(json.dumps({"name": name, "key": secret}) if as_json else secret)
 
 
 @keys_app.command("list")
-def list_keys(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, state: StateOption = None
-) -> None:
+def list_keys(as_json: JsonOption = False, state: StateOption = None) -> None:
     """Show keys with their budgets and usage.
 
     Example: sharewell keys list --json
     """
-    rows = _store(state).list_keys()
+    with _store(state) as store:
+        rows = store.list_keys()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -184,10 +224,9 @@ def list_keys(
     table = Table("name", "begins with", "requests/min", "tokens/min", "total", "requests", "tokens", "state")
     for row in rows:
         budgets = [str(row[f] or "-") for f in ("requests_per_min", "tokens_per_min", "total_tokens")]
+        used = [str(row["requests"]), str(row["tokens"])]
         status = "revoked" if row["revoked"] else "active"
-        table.add_row(
-            str(row["name"]), str(row["prefix"]), *budgets, str(row["requests"]), str(row["tokens"]), status
-        )
+        table.add_row(str(row["name"]), str(row["prefix"]), *budgets, *used, status)
     Console().print(table)
 
 
@@ -195,12 +234,10 @@ def list_keys(
 def revoke_key(
     name: Annotated[str, typer.Argument(help="Name of the key.")], state: StateOption = None
 ) -> None:
-    """End a key; requests that carry it get 401 within a second.
+    """End a key; requests that carry it get 401 from then on.
 
     Example: sharewell keys revoke alice
     """
-    try:
-        _store(state).revoke_key(name)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    with _store(state) as store:
+        store.revoke_key(name)
+    typer.echo(f"revoked {name}")

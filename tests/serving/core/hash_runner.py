@@ -81,6 +81,8 @@ class HashRunner:
     """Implements ``Runner`` on a numpy pool. Checks what it is given; ``before_run`` may raise, to be a
     fault."""
 
+    takes_adapters = True
+
     def __init__(self, num_blocks: int, block_size: int, vocab: int = VOCAB, step_s: float = 0.0) -> None:
         self.block_size, self.vocab, self.step_s = block_size, vocab, step_s
         self.pool = np.random.default_rng(7).integers(0, 2**63, num_blocks * block_size, np.uint64)

@@ -314,6 +314,27 @@ def test_cancelling_frees_everything_and_disturbs_nobody() -> None:
     assert_empty(core)
 
 
+def test_ten_thousand_submitted_and_cancelled_requests_leave_no_page_behind() -> None:
+    core, _ = make_core(num_blocks=40, block_size=4, max_seqs=6, max_batch_tokens=16, max_waiting=20)
+    rng = random.Random(3)
+    live: list[str] = []
+    for i in range(10_000):
+        prompt = prompt_of(rng.randrange(9), rng.randrange(1, 14))
+        r = request(f"r{i}", prompt, 8, n=rng.choice((1, 1, 3)), temperature=1.0, priority=rng.randrange(2))
+        core.submit(r)
+        live.append(r.request_id)
+        if rng.random() < 0.3:
+            core.step(0.0)
+        while len(live) > rng.randrange(1, 12):
+            core.cancel(live.pop(rng.randrange(len(live))))
+        if i % 500 == 0:
+            core.blocks.check_integrity()
+    for name in live:
+        core.cancel(name)
+    assert not core.has_work and core.stats().steps > 2000
+    assert_empty(core)
+
+
 def test_a_cancelled_id_gives_no_further_output_and_can_be_used_again() -> None:
     core, _ = make_core()
     core.submit(request("r", prompt_of(1, 5), 9))

@@ -6,6 +6,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sharewell.serving.core.host import (
     MAX_FRAME,
     OUTPUTS,
     REFUSED,
+    STATS,
     SUBMIT,
     Built,
     Frames,
@@ -231,4 +233,37 @@ def test_a_schema_is_compiled_once_for_all_its_requests(smollm2: Path) -> None:
         client.send([SUBMIT, to_wire(EngineRequest(name, (5, 6), sampling))])
         assert client.answer(name)[1] == "stop"
         assert core.grammar_ready(spec)
+    client.close()
+
+
+def test_a_cancelled_request_is_gone_before_the_next_step() -> None:
+    """However many requests run, no step begins after the host could read their cancellation."""
+    core, runner = make_core(num_blocks=256)
+    go = threading.Semaphore(0)
+    steps: list[int] = []
+
+    def before_run(batch: Any) -> None:
+        steps.append(len(batch.context_lens))
+        go.acquire()  # the test says when a step may end
+
+    runner.before_run = before_run
+    client = Client(core)
+    for i in range(6):
+        sampling = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+        client.send([SUBMIT, to_wire(EngineRequest(f"r{i}", (5 + i, 6), sampling))])
+    for _ in range(20):
+        go.release()
+    while len(steps) < 21:
+        time.sleep(0.001)
+    assert core.blocks.num_used > 0
+    for i in range(6):
+        client.send([CANCEL, f"r{i}"])
+    for _ in range(100):
+        go.release()  # from here on every step could run
+    client.send([STATS])
+    while (message := client.receive())[0] != STATS:
+        pass
+    stats = from_wire(message[1])
+    assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
+    assert len(steps) <= 22  # the one under way when the cancellations came, and at most one more
     client.close()

@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from ...models import TemplateError
 from ..core.messages import EngineRequest, TokenLogprob
 from .errors import ApiError
 from .keys import ApiKey
-from .schemas import ChatRequest, Message, refuse_unsupported
-from .service import Piece, Service, Usage, new_id, stop_list
-from .streaming import DONE, event, stream, unless_gone
-from .tools import Delta, ToolCallParser, chosen, constraint, system_text
+from .prompts import chat_prompt
+from .schemas import ChatRequest, refuse_unsupported
+from .service import Fields, Piece, Service, Usage, json_grammar, new_id, stop_list
+from .streaming import DONE, EITHER, event, stream, unless_gone
+from .strict_json import JsonResponse, StrictRoute
+from .tools import Delta, Mode, ToolCallParser, chosen, constraint, syntax_of
 
-router = APIRouter()
-
-
-def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: text parts joined, "developer" as "system". Raises ApiError 400."""
-    plain = []
-    for i, message in enumerate(messages):
-        content = message.content
-        if isinstance(content, list):
-            texts = []
-            for part in content:
-                if part.get("type") not in ("text", "input_text", "output_text") or not isinstance(
-                    part.get("text"), str
-                ):
-                    raise ApiError(
-                        400,
-                        f"messages.{i}.content: only text parts are supported, got {part.get('type')!r}",
-                        param=f"messages.{i}.content",
-                    )
-                texts.append(part["text"])
-            content = "".join(texts)
-        role = "system" if message.role == "developer" else message.role
-        entry: dict[str, Any] = {"role": role, "content": content or ""}
-        for name in ("name", "tool_calls", "tool_call_id"):
-            if getattr(message, name) is not None:
-                entry[name] = getattr(message, name)
-        plain.append(entry)
-    return plain
-
-
-def _show_tools(service: Service, messages: list[dict[str, Any]], body: ChatRequest) -> list[dict[str, Any]]:
-    """Put tools into the system message, and earlier calls into text, for a template that has no place for them."""
-    import json
-
-    shown = []
-    for message in messages:
-        if message.get("tool_calls"):
-            calls = [c.get("function", {}) for c in message["tool_calls"]]
-            text = "\n".join(
-                f"<tool_call>\n{json.dumps({'name': c.get('name'), 'arguments': c.get('arguments')})}\n</tool_call>"
-                for c in calls
-            )
-            message = {"role": "assistant", "content": (message["content"] + "\n" + text).strip()}
-        elif message["role"] == "tool":
-            message = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-        shown.append(message)
-    if body.tools:
-        text = system_text(body.tools)
-        if shown and shown[0]["role"] == "system":
-            shown[0] = {**shown[0], "content": shown[0]["content"] + "\n\n" + text}
-        else:
-            shown.insert(0, {"role": "system", "content": text})
-    return shown
+router = APIRouter(route_class=StrictRoute)
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 
 
 class Chat:
@@ -80,175 +30,149 @@ class Chat:
         self.id, self.created = new_id("chatcmpl"), int(service.clock.unix())
         self.usage = Usage()
         self.adapter = service.resolve(body.model)
+        self.mode: Mode
         self.mode, self.tool = chosen(body.tools, body.tool_choice)
-        self.parsers: dict[int, ToolCallParser] = {}
-
-    def parser(self, index: int) -> ToolCallParser | None:
-        """The reader of choice ``index``'s tool calls, if it may have any."""
-        if self.mode == "none":
-            return None
-        if index not in self.parsers:
-            name = self.tool.function.name if self.tool else None
-            self.parsers[index] = ToolCallParser(self.mode, name, self.body.parallel_tool_calls is not False)
-        return self.parsers[index]
-
-    def prompt(self) -> str:
-        """The text that the model sees. Raises ApiError 400 when the template refuses the messages."""
-        messages = plain_messages(self.body.messages)
-        tools = None
-        if self.mode != "none" and self.service.template.supports_tools:
-            tools = [t.model_dump(exclude_none=True) for t in self.body.tools or ()]
-        elif self.mode != "none" or any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
-            messages = _show_tools(
-                self.service,
-                messages,
-                self.body if self.mode != "none" else self.body.model_copy(update={"tools": None}),
-            )
-        try:
-            return self.service.template.render(messages, tools, **(self.body.chat_template_kwargs or {}))
-        except TemplateError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_messages") from None
+        self.syntax = syntax_of(service.template.source)
+        forced = self.mode in ("required", "named")
+        named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        self.fields = Fields("messages", "tools" if forced else "response_format", named)
+        self._parsers: dict[int, ToolCallParser] = {}
 
     async def request(self) -> EngineRequest:
         """The engine request. Raises ApiError 400."""
         body, service = self.body, self.service
         if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-        prompt = await service.encode(self.prompt())
-        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        grammar = constraint(body.tools or [], self.mode, self.tool) or service.grammar(body.response_format)
-        sampling = service.sampling(
-            body,
-            len(prompt),
-            asked,
-            grammar=grammar,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        )
+            message = "top_logprobs needs logprobs to be true"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        tools = body.tools or []
+        shown = tools if self.mode != "none" else []
+        text = chat_prompt(service.template, body.messages, shown, body.chat_template_kwargs)
+        prompt = await service.encode(text, "messages")
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        grammar = constraint(tools, self.mode, self.tool)
+        if grammar is None and (format := body.response_format) is not None:
+            schema = format.json_schema.schema_ if format.json_schema else None
+            grammar = json_grammar(format.type, schema, "response_format.json_schema")
+        scored = (body.top_logprobs or 0) if body.logprobs else None
+        sampling = service.sampling(body, len(prompt), asked, self.fields, grammar=grammar, logprobs=scored)
         return service.request(
-            self.id, prompt, sampling, self.key, n=body.n or 1, adapter=self.adapter, priority=body.priority
+            self.id, prompt, sampling, self.key, self.fields,
+            n=body.n or 1, adapter=self.adapter, priority=body.priority,
+        )  # fmt: skip
+
+    def _pieces(self, request: EngineRequest) -> AsyncGenerator[Piece]:
+        special = self.mode == "auto" and self.syntax.special
+        return self.service.generate(
+            request, stop_list(self.body.stop), self.key, self.usage, self.fields, keep_special=special
         )
 
-    def pieces(self, request: EngineRequest) -> AsyncIterator[Piece]:
-        return self.service.generate(request, stop_list(self.body.stop), self.key, self.usage)
+    def _deltas(self, piece: Piece) -> list[Delta]:
+        """The piece's text, split into what is shown and calls."""
+        if self.mode == "none":
+            return [Delta(text=piece.text)] if piece.text else []
+        parser = self._parsers.get(piece.index)
+        if parser is None:
+            names = [t.function.name for t in ([self.tool] if self.tool else self.body.tools or [])]
+            parallel = self.body.parallel_tool_calls is not False
+            parser = ToolCallParser(self.mode, names, syntax=self.syntax, parallel=parallel)
+            self._parsers[piece.index] = parser
+        deltas = parser.push(piece.text)
+        return deltas + parser.finish() if piece.finish_reason is not None else deltas
 
-    def reason(self, piece: Piece) -> str:
-        parser = self.parsers.get(piece.index)
-        return (
-            "tool_calls"
-            if parser and parser.calls and piece.finish_reason == "stop"
-            else str(piece.finish_reason)
-        )
+    def _reason(self, piece: Piece) -> str:
+        parser = self._parsers.get(piece.index)
+        called = parser is not None and parser.calls > 0 and piece.finish_reason == "stop"
+        return "tool_calls" if called else str(piece.finish_reason)
 
-    def logprobs(self, scored: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    def _logprobs(self, scored: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
         tokenizer = self.service.tokenizer
 
         def entry(token: int, value: float) -> dict[str, Any]:
             raw = tokenizer.token_bytes(token)
             return {
                 "token": raw.decode("utf-8", "replace"),
-                "logprob": max(value, -9999.0),
+                "logprob": max(value, LEAST_LOGPROB),
                 "bytes": list(raw),
             }
 
-        return {
-            "content": [
-                {**entry(s.token_id, s.logprob), "top_logprobs": [entry(t, v) for t, v in s.top]}
-                for s in scored
-            ],
-            "refusal": None,
-        }
+        content = [
+            {**entry(s.token_id, s.logprob), "top_logprobs": [entry(t, v) for t, v in s.top]} for s in scored
+        ]
+        return {"content": content, "refusal": None}
 
     # Streamed
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """Chunks, usage when asked for, [DONE]."""
         request = await self.request()
-        body = self.body
-        common = {
+        options = self.body.stream_options
+        with_usage = options is not None and options.include_usage
+        common: dict[str, Any] = {
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self.created,
-            "model": body.model,
+            "model": self.body.model,
         }
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
         if with_usage:
-            common = {**common, "usage": None}
+            common["usage"] = None
 
-        def chunk(
-            index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
-        ) -> bytes:
-            return event(
-                {
-                    **common,
-                    "choices": [
-                        {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-                    ],
-                }
-            )
+        def chunk(index: int, delta: dict[str, Any], reason: str | None = None, scored: Any = None) -> bytes:
+            choice = {"index": index, "delta": delta, "logprobs": scored, "finish_reason": reason}
+            return event({**common, "choices": [choice]})
 
         begun: set[int] = set()
-        async for piece in self.pieces(request):
-            if piece.finish_reason == "error":
-                raise _failed(piece)
+        async for piece in self._pieces(request):
             if piece.index not in begun:
                 begun.add(piece.index)
-                yield chunk(
-                    piece.index, {"role": "assistant", "content": "" if self.mode == "none" else None}
-                )
-            scored = self.logprobs(piece.logprobs) if body.logprobs else None
+                yield chunk(piece.index, {"role": "assistant", "content": ""})
+            scored = self._logprobs(piece.logprobs) if piece.logprobs else None
             for delta in self._deltas(piece):
                 yield chunk(piece.index, _delta_body(delta), None, scored)
                 scored = None
-            if scored and scored["content"]:
+            if scored is not None:
                 yield chunk(piece.index, {}, None, scored)
             if piece.finish_reason is not None:
-                yield chunk(piece.index, {}, self.reason(piece))
+                yield chunk(piece.index, {}, self._reason(piece))
         if with_usage:
             yield event({**common, "choices": [], "usage": self.usage.body()})
         yield DONE
-
-    def _deltas(self, piece: Piece) -> list[Delta]:
-        parser = self.parser(piece.index)
-        if parser is None:
-            return [Delta(text=piece.text)] if piece.text else []
-        deltas = parser.push(piece.text) if piece.text else []
-        return deltas + (parser.finish() if piece.finish_reason is not None else [])
 
     # Whole
 
     async def whole(self) -> dict[str, Any]:
         """The complete answer."""
         request = await self.request()
-        texts = dict.fromkeys(range(request.n), "")
-        calls: dict[int, list[dict[str, Any]]] = {i: [] for i in range(request.n)}
-        scored: dict[int, list[TokenLogprob]] = {i: [] for i in range(request.n)}
-        reasons: dict[int, str] = {}
-        async for piece in self.pieces(request):
-            if piece.finish_reason == "error":
-                raise _failed(piece)
-            scored[piece.index] += piece.logprobs
+        texts = [""] * request.n
+        calls: list[list[dict[str, Any]]] = [[] for _ in texts]
+        scored: list[list[TokenLogprob]] = [[] for _ in texts]
+        reasons = [""] * request.n
+        async for piece in self._pieces(request):
+            i = piece.index
+            scored[i] += piece.logprobs
             for delta in self._deltas(piece):
-                texts[piece.index] += delta.text
-                if delta.call is not None:
-                    if delta.name is not None:
-                        calls[piece.index].append(
-                            {
-                                "id": delta.id,
-                                "type": "function",
-                                "function": {"name": delta.name, "arguments": ""},
-                            }
-                        )
-                    calls[piece.index][delta.call]["function"]["arguments"] += delta.arguments
+                texts[i] += delta.text
+                if delta.call is None:
+                    continue
+                if delta.name is not None:
+                    function = {"name": delta.name, "arguments": ""}
+                    calls[i].append({"id": delta.id, "type": "function", "function": function})
+                calls[i][delta.call]["function"]["arguments"] += delta.arguments
             if piece.finish_reason is not None:
-                reasons[piece.index] = self.reason(piece)
+                reasons[i] = self._reason(piece)
         choices = []
-        for i, text in texts.items():
+        for i, text in enumerate(texts):
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls[i]:
                 message |= {"content": text.strip() or None, "tool_calls": calls[i]}
-            logprobs = self.logprobs(tuple(scored[i])) if self.body.logprobs else None
             choices.append(
-                {"index": i, "message": message, "logprobs": logprobs, "finish_reason": reasons[i]}
+                {
+                    "index": i,
+                    "message": message,
+                    "logprobs": self._logprobs(scored[i]),
+                    "finish_reason": reasons[i],
+                }
             )
         return {
             "id": self.id,
@@ -270,17 +194,14 @@ def _delta_body(delta: Delta) -> dict[str, Any]:
     return {"tool_calls": [call]}
 
 
-def _failed(piece: Piece) -> ApiError:
-    return ApiError(500, f"generation failed: {piece.stop_text}", code=piece.stop_text)
-
-
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=EITHER)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation; OpenAI's chat completions."""
     service: Service = request.app.state.service
-    key = service.authorize(request.headers.get("authorization"), spend=True)
+    key: ApiKey = request.scope["sharewell.key"]
     refuse_unsupported(body)
     chat = Chat(service, body, key)
+    service.admit(key)
     if body.stream:
-        return await stream(chat.events())
-    return JSONResponse(await unless_gone(request, chat.whole()))
+        return await stream(request, chat.events())
+    return JsonResponse(await unless_gone(request, chat.whole()))

@@ -14,9 +14,10 @@ class ServerConfig:
     """What ``sharewell serve`` serves and on which terms. Raises ValueError naming the field and its range.
 
     ``share_scope``: who shares computed prefixes: "key" (requests of one API key; the default) or "all".
-    ``state_path``: SQLite file of API keys, usage and stored responses; None keeps them in memory for this run.
-    ``max_buffered_bytes`` bounds the bodies of all requests together, ``body_timeout_s`` the time that a request's
-    head, and then its body, may take to arrive, ``write_timeout_s`` the time that a client may not read its answer.
+    ``state_path``: SQLite file of API keys, usage and stored responses; None keeps them in memory.
+    ``max_buffered_bytes`` bounds the bodies of all requests together, ``body_timeout_s`` the time that a
+    request's head, and then its body, may take, ``write_timeout_s`` the time that a client may leave its
+    answer unread.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)

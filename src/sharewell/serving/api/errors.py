@@ -99,7 +99,9 @@ def from_failure(code: str | None) -> ApiError:
 
 
 _FIELD = re.compile(r"[a-z_][A-Za-z0-9_]*|\d+")
-_NOT_FIELDS = frozenset({"body", "query", "path", "str", "int", "float", "bool"})  # the rest are union branches
+_NOT_FIELDS = frozenset(
+    {"body", "query", "path", "str", "int", "float", "bool"}
+)  # the rest are union branches
 
 
 def _place(location: tuple[Any, ...]) -> str | None:
@@ -126,6 +128,9 @@ def install(app: FastAPI) -> None:
         if problem["type"] == "json_invalid":
             why = problem.get("ctx", {}).get("error", "")
             return ApiError(400, f"the body is not valid JSON: {why}", code="invalid_json").response()
+        if isinstance(error.body, bytes) and error.body and problem["loc"] == ("body",):
+            message = "the body must be JSON, sent with Content-Type: application/json"
+            return ApiError(400, message, code="invalid_json").response()
         place = _place(problem["loc"])
         message = f"{place}: {problem['msg']}" if place else f"body: {problem['msg']}"
         return ApiError(400, message, param=place, code="invalid_value").response()

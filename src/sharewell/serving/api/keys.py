@@ -1,19 +1,19 @@
 """API keys, their budgets and the ledger of usage, in SQLite (write-ahead log).
 
-Keys are stored as salted hashes and compared in constant time. Usage is written before it is reported, so what a
-client was told is never lost.
+Keys are stored as salted hashes and compared in constant time. Usage is written before it is reported, so
+what a client was told is never lost when a process dies.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hmac import compare_digest
 from pathlib import Path
 
 from ...simulation import Clock
@@ -30,10 +30,13 @@ CREATE TABLE IF NOT EXISTS usage (
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS usage_by_key ON usage (key_id, at);
 CREATE TABLE IF NOT EXISTS responses (
-    id TEXT PRIMARY KEY, key_id INTEGER NOT NULL, at REAL NOT NULL, body TEXT NOT NULL, messages TEXT NOT NULL);
+    id TEXT PRIMARY KEY, key_id INTEGER NOT NULL, at REAL NOT NULL,
+    body TEXT NOT NULL, messages TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS responses_by_age ON responses (at);
 """
 KEPT_RESPONSES = 10_000
+MINUTE_S = 60.0
+_NOBODY = bytes(32)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Exceeded:
 class StateStore:
     """Keys, usage and stored responses. ``path`` None keeps them in memory.
 
-    One connection behind a lock, so that threads may share it; other processes (``sharewell keys``) may write the
-    same file. Raises ValueError for bad names or budgets.
+    One connection behind a lock, so that threads may share it; other processes (``sharewell keys``) may write
+    the same file. Raises ValueError for bad names or budgets.
     """
 
     def __init__(self, path: Path | None, clock: Clock) -> None:
@@ -121,8 +124,9 @@ class StateStore:
     def list_keys(self) -> list[dict[str, object]]:
         """Active and revoked keys with their budgets and usage; no secrets."""
         rows = self._run(
-            "SELECT k.name, k.prefix, k.requests_per_min, k.tokens_per_min, k.total_tokens, k.created, k.revoked,"
-            " (SELECT COUNT(*) FROM usage u WHERE u.key_id = k.id), k.spent FROM keys k ORDER BY k.id"
+            "SELECT k.name, k.prefix, k.requests_per_min, k.tokens_per_min, k.total_tokens, k.created,"
+            " k.revoked, (SELECT COUNT(*) FROM usage u WHERE u.key_id = k.id), k.spent"
+            " FROM keys k ORDER BY k.id"
         )
         names = (
             "name", "prefix", "requests_per_min", "tokens_per_min", "total_tokens", "created", "revoked",
@@ -143,20 +147,25 @@ class StateStore:
     def find(self, secret: str) -> ApiKey | None:
         """The active key with this secret."""
         found = None
+        compared = False
         for row in self._run(
             "SELECT id, name, salt, hash, requests_per_min, tokens_per_min, total_tokens FROM keys"
             " WHERE revoked IS NULL AND prefix = ?",
             secret[:20],
         ):
-            if hmac.compare_digest(_hash(secret, row[2]), row[3]):
+            compared = True
+            if compare_digest(_hash(secret, row[2]), row[3]):
                 found = ApiKey(row[0], row[1], *row[4:])
+        if not compared:
+            compare_digest(_hash(secret, _NOBODY[:16]), _NOBODY)  # as long as for a key that exists
         return found
 
     def admit(self, key: ApiKey) -> Exceeded | None:
         """Count one request against the key's budgets, or say which of them is used up.
 
-        Check and count are one transaction, so requests that come at once cannot pass together. Tokens count when
-        they are recorded: requests under way may overshoot a budget of tokens by what they still produce.
+        Check and count are one transaction, so requests that come at once cannot pass together. Tokens count
+        when they are recorded: requests under way may overshoot a budget of tokens by what they still
+        produce.
         """
         if key.requests_per_min is None and key.tokens_per_min is None and key.total_tokens is None:
             return None
@@ -164,33 +173,39 @@ class StateStore:
             over = self._exceeded(key)
             if over is None and key.requests_per_min is not None:
                 now = self._clock.unix()
-                self._db.execute("DELETE FROM admissions WHERE key_id = ? AND at <= ?", (key.id, now - 60))
+                old = (key.id, now - MINUTE_S)
+                self._db.execute("DELETE FROM admissions WHERE key_id = ? AND at <= ?", old)
                 self._db.execute("INSERT INTO admissions VALUES (?, ?)", (key.id, now))
         return over
 
     def _exceeded(self, key: ApiKey) -> Exceeded | None:
-        now = self._clock.unix()
-
-        def recent(what: str) -> tuple[int, float | None]:
-            sql = f"SELECT {what} WHERE key_id = ? AND at > ?"
-            return self._db.execute(sql, (key.id, now - 60)).fetchone()
-
-        def wait(oldest: float | None) -> float:
-            return 1.0 if oldest is None else max(1.0, 60 - (now - oldest))
-
         if key.requests_per_min is not None:
-            requests, oldest = recent("COUNT(*), MIN(at) FROM admissions")
-            if requests >= key.requests_per_min:
-                return Exceeded(f"{key.requests_per_min} requests per minute", wait(oldest))
+            wait = self._wait("1 FROM admissions", key, key.requests_per_min)
+            if wait is not None:
+                return Exceeded(f"{key.requests_per_min} requests per minute", wait)
         if key.tokens_per_min is not None:
-            tokens, oldest = recent("COALESCE(SUM(prompt_tokens + completion_tokens), 0), MIN(at) FROM usage")
-            if tokens >= key.tokens_per_min:
-                return Exceeded(f"{key.tokens_per_min} tokens per minute", wait(oldest))
+            wait = self._wait("prompt_tokens + completion_tokens FROM usage", key, key.tokens_per_min)
+            if wait is not None:
+                return Exceeded(f"{key.tokens_per_min} tokens per minute", wait)
         if key.total_tokens is not None:
             (spent,) = self._db.execute("SELECT spent FROM keys WHERE id = ?", (key.id,)).fetchone()
             if spent >= key.total_tokens:
                 return Exceeded(f"{key.total_tokens} tokens in all", None)
         return None
+
+    def _wait(self, what: str, key: ApiKey, budget: int) -> float | None:
+        """Seconds until what the key spent within a minute is below ``budget`` again; None when it is."""
+        now = self._clock.unix()
+        sql = f"SELECT at, {what} WHERE key_id = ? AND at > ? ORDER BY at"
+        rows = self._db.execute(sql, (key.id, now - MINUTE_S)).fetchall()
+        left = sum(spent for _, spent in rows)
+        wait = None
+        for at, spent in rows:
+            if left < budget:
+                break
+            left -= spent
+            wait = max(1.0, MINUTE_S - (now - at))
+        return wait
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -206,13 +221,13 @@ class StateStore:
     def record(
         self, request_id: str, key: ApiKey, prompt_tokens: int, completion_tokens: int, cached_tokens: int
     ) -> None:
-        """Write (or update) what a request used."""
+        """Write (or update) what a request used; it counts as spent now."""
         with self._transaction():
             spent = prompt_tokens + completion_tokens - self._spent(request_id)
             self._db.execute(
                 "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO UPDATE SET"
-                " prompt_tokens = excluded.prompt_tokens, completion_tokens = excluded.completion_tokens,"
-                " cached_tokens = excluded.cached_tokens",
+                " at = excluded.at, prompt_tokens = excluded.prompt_tokens,"
+                " completion_tokens = excluded.completion_tokens, cached_tokens = excluded.cached_tokens",
                 (request_id, key.id, self._clock.unix(), prompt_tokens, completion_tokens, cached_tokens),
             )
             self._db.execute("UPDATE keys SET spent = spent + ? WHERE id = ?", (spent, key.id))

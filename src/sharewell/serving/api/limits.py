@@ -1,4 +1,5 @@
-"""What a client may ask of the server before any endpoint sees the request: a key, a body of bounded size and time."""
+"""What a client may ask of the server before any endpoint sees the request: a key, a body bounded in size and
+time."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ _PUBLIC = re.compile(r"/(page/.*|health|openapi\.json)?")
 class Gate:
     """ASGI middleware in front of every endpoint.
 
-    In this order: 503 above ``max_connections`` or while draining; 401 without a key where one is needed; 413 for a
-    body above ``max_body_bytes``; 503 when all bodies that are arriving together exceed ``max_buffered_bytes``; 408
-    for a body that is not there after ``body_timeout_s``. A body is read whole here, so endpoints never wait for one.
-    The caller's key is ``scope["sharewell.key"]``.
+    In this order: 503 above ``max_connections`` or while draining; 401 without a key where one is needed; 413
+    for a body above ``max_body_bytes``; 503 when all bodies that are arriving together exceed
+    ``max_buffered_bytes``; 408 for a body that is not there after ``body_timeout_s``. A body is read whole
+    here, so endpoints never wait for one. The caller's key is ``scope["sharewell.key"]``.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Gate:
             except ApiError as error:
                 answer = error.response()
                 if has_body:
-                    answer.headers["Connection"] = "close"  # the rest of the body must not be read as a request
+                    # What is left of the body must not be read as a request.
+                    answer.headers["Connection"] = "close"
                 await answer(scope, receive, send)
                 return
             await self.app(scope, receive, send)
@@ -71,7 +73,8 @@ class Gate:
             scope["sharewell.key"] = self._find_key(header.decode("latin-1") if header is not None else None)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body, counted in ``_buffered``; None when the client went away. Raises ApiError 408, 413 or 503."""
+        """The body, counted in ``_buffered``; None when the client went away. Raises ApiError 408, 413 or
+        503."""
         limit = self.config.max_body_bytes
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
         size = int(declared) if declared.isdigit() else 0
@@ -101,7 +104,8 @@ class Gate:
                 self._buffered += len(part)
                 if size > limit:
                     parts.clear()
-                    await _discard(receive, 4 * limit)
+                    if message.get("more_body"):
+                        await _discard(receive, 4 * limit)
                     raise _too_large(f"the body has more than {limit} bytes", limit)
                 if self._buffered > self.config.max_buffered_bytes:
                     raise ApiError(503, "too many large bodies at once", code="overloaded", retry_after_s=2)

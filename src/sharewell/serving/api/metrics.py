@@ -65,10 +65,15 @@ class Metrics:
             return Histogram(name, about, buckets=buckets, registry=self.registry)
 
         self.ttft = histogram("sharewell_ttft_seconds", "Time to first token", _TTFT)
-        self.tpot = histogram("sharewell_tpot_seconds", "Mean time per token after the first, per answer", _ITL)
+        self.tpot = histogram(
+            "sharewell_tpot_seconds", "Mean time per token after the first, per answer", _ITL
+        )
         self.itl = histogram("sharewell_itl_seconds", "Time between tokens", _ITL)
         self.requests = Counter(
-            "sharewell_requests", "Answers by endpoint and status", ["endpoint", "status"], registry=self.registry
+            "sharewell_requests",
+            "Answers by endpoint and status",
+            ["endpoint", "status"],
+            registry=self.registry,
         )
         self.recent_ttft: deque[float] = deque(maxlen=256)
         self.recent_itl: deque[float] = deque(maxlen=2048)
@@ -105,7 +110,8 @@ class Metrics:
         }
 
     def latency(self) -> dict[str, float | None]:
-        """Recent medians, and the 95th percentile of the time to first token, in seconds; None before the first."""
+        """Recent medians, and the 95th percentile of the time to first token, in seconds; None before the
+        first."""
         ttft = sorted(self.recent_ttft)
         return {
             "ttft_last_s": self.recent_ttft[-1] if ttft else None,
@@ -141,4 +147,3 @@ class CountAnswers:
         # Paths that are no route share one label, so that clients cannot invent labels.
         route: Any = scope.get("route")
         self.metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
-

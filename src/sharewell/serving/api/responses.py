@@ -2,66 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ...models import TemplateError
-from ..core.messages import EngineRequest, GrammarSpec
-from .chat import _failed
+from ..core.messages import EngineRequest
 from .errors import ApiError
 from .keys import ApiKey
-from .schemas import Generation, ResponsesRequest, refuse_unsupported
-from .service import Service, Usage, new_id
-from .streaming import event, stream, unless_gone
+from .schemas import Generation, ResponseFormatFlat, ResponseInput, ResponsesRequest, refuse_unsupported
+from .service import Fields, Piece, Service, Usage, json_grammar, new_id
+from .streaming import EITHER, event, stream, unless_gone
+from .strict_json import JsonResponse, StrictRoute
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
+FIELDS = Fields("input", "text.format", "max_output_tokens")
 
 
-def input_messages(items: str | list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Input items as chat messages. Raises ApiError 400 for items that are not text messages."""
-    if isinstance(items, str):
-        return [{"role": "user", "content": items}]
+def input_messages(given: str | list[ResponseInput]) -> list[dict[str, str]]:
+    """Input items as chat messages."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
     messages = []
-    for i, item in enumerate(items):
-        where = f"input.{i}"
-        if item.get("type", "message") != "message" or item.get("role") not in (
-            "user",
-            "assistant",
-            "system",
-            "developer",
-        ):
-            raise ApiError(
-                400,
-                f"{where}: only messages of user, assistant, system or developer are supported",
-                param=where,
-            )
-        content = item.get("content")
+    for item in given:
+        content = item.content
         if isinstance(content, list):
-            texts = []
-            for part in content:
-                if not isinstance(part, dict) or part.get("type") not in (
-                    "input_text",
-                    "output_text",
-                    "text",
-                ):
-                    raise ApiError(
-                        400, f"{where}.content: only text parts are supported", param=f"{where}.content"
-                    )
-                texts.append(part.get("text"))
-            content = "".join(t for t in texts if isinstance(t, str))
-        if not isinstance(content, str):
-            raise ApiError(
-                400, f"{where}.content must be a string or a list of text parts", param=f"{where}.content"
-            )
-        messages.append(
-            {"role": "system" if item["role"] == "developer" else item["role"], "content": content}
-        )
-    if not messages:
-        raise ApiError(400, "input must not be empty", param="input")
+            content = "".join(part.text for part in content)
+        messages.append({"role": "system" if item.role == "developer" else item.role, "content": content})
     return messages
 
 
@@ -74,9 +44,11 @@ class Answer:
         self.created = int(service.clock.unix())
         self.usage = Usage()
         self.adapter = service.resolve(body.model)
-        self.history = self._history() + input_messages(body.input)
+        self.format = (body.text.format if body.text else None) or ResponseFormatFlat()
+        self.history = [*self._earlier(), *input_messages(body.input)]
 
-    def _history(self) -> list[dict[str, str]]:
+    def _earlier(self) -> list[dict[str, str]]:
+        """The conversation up to ``previous_response_id``. Raises ApiError 404."""
         previous = self.body.previous_response_id
         if previous is None:
             return []
@@ -84,54 +56,45 @@ class Answer:
         if stored is None:
             raise ApiError(
                 404,
-                f"previous response {previous!r} does not exist",
+                f"previous response {previous[:200]!r} does not exist",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        return json.loads(stored[1])
+        return orjson.loads(stored[1])
 
     async def request(self) -> EngineRequest:
-        """The engine request. Raises ApiError 400. Instructions are of this response only, as OpenAI has it."""
+        """The engine request. Raises ApiError 400. Instructions are of this response only, as with OpenAI."""
         service, body = self.service, self.body
         messages = self.history
         if body.instructions:
             messages = [{"role": "system", "content": body.instructions}, *messages]
         try:
-            prompt = await service.encode(service.template.render(messages))
+            prompt = await service.encode(service.template.render(messages), "input")
         except TemplateError as error:
             raise ApiError(400, str(error), param="input", code="invalid_messages") from None
-        common = Generation(model=body.model, temperature=body.temperature, top_p=body.top_p)
-        sampling = service.sampling(common, len(prompt), body.max_output_tokens, grammar=self._grammar())
-        return service.request(self.id, prompt, sampling, self.key, adapter=self.adapter)
-
-    def _grammar(self) -> GrammarSpec | None:
-        format = (self.body.text.format if self.body.text else None) or {"type": "text"}
-        kind = format.get("type")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return GrammarSpec("json_object")
-        if kind == "json_schema" and isinstance(format.get("schema"), dict):
-            return GrammarSpec("json_schema", json.dumps(format["schema"]))
-        raise ApiError(
-            400, "text.format must be text, json_object, or json_schema with a schema", param="text.format"
+        common = Generation(model=body.model, temperature=body.temperature, top_p=body.top_p, seed=body.seed)
+        grammar = json_grammar(self.format.type, self.format.schema_, "text.format.schema")
+        sampling = service.sampling(common, len(prompt), body.max_output_tokens, FIELDS, grammar=grammar)
+        return service.request(
+            self.id, prompt, sampling, self.key, FIELDS, adapter=self.adapter, priority=body.priority
         )
 
-    def item(self, text: str, status: str) -> dict[str, Any]:
+    def _pieces(self, request: EngineRequest) -> AsyncGenerator[Piece]:
+        return self.service.generate(request, [], self.key, self.usage, FIELDS)
+
+    def _item(self, text: str, status: str) -> dict[str, Any]:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-        content = [part] if status != "in_progress" else []
         return {
             "id": self.message_id,
             "type": "message",
             "role": "assistant",
             "status": status,
-            "content": content,
+            "content": [] if status == "in_progress" else [part],
         }
 
-    def object(self, status: str, text: str | None = None, reason: str | None = None) -> dict[str, Any]:
+    def _object(self, status: str, text: str | None = None) -> dict[str, Any]:
         """The response object in ``status``."""
-        body = self.body
-        usage = None
+        body, usage = self.body, None
         if status != "in_progress":
             usage = {
                 "input_tokens": self.usage.prompt_tokens,
@@ -147,18 +110,18 @@ class Answer:
             "status": status,
             "background": False,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": body.model,
-            "output": [] if text is None else [self.item(text, status)],
+            "output": [] if text is None else [self._item(text, status)],
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": (body.text.format if body.text else None) or {"type": "text"}},
+            "text": {"format": self.format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "auto",
             "tools": [],
             "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -167,25 +130,25 @@ class Answer:
             "user": body.user,
         }
 
-    def finished(self, text: str, reason: str | None) -> dict[str, Any]:
+    def _finished(self, text: str, reason: str | None) -> dict[str, Any]:
         """The final object, stored unless the request says otherwise."""
-        answer = self.object("incomplete" if reason == "length" else "completed", text, reason)
+        answer = self._object("incomplete" if reason == "length" else "completed", text)
         if self.body.store is not False:
             messages = [*self.history, {"role": "assistant", "content": text}]
-            self.service.store.store_response(self.id, self.key, json.dumps(answer), json.dumps(messages))
+            self.service.store.store_response(
+                self.id, self.key, orjson.dumps(answer).decode(), orjson.dumps(messages).decode()
+            )
         return answer
 
     async def whole(self) -> dict[str, Any]:
         """The complete answer."""
         text, reason = "", None
-        async for piece in self.service.generate(await self.request(), [], self.key, self.usage):
-            if piece.finish_reason == "error":
-                raise _failed(piece)
+        async for piece in self._pieces(await self.request()):
             text += piece.text
             reason = piece.finish_reason
-        return self.finished(text, reason)
+        return self._finished(text, reason)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The event sequence of OpenAI's streamed responses."""
         number = -1
 
@@ -199,17 +162,14 @@ class Answer:
         empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         text, reason, begun = "", None, False
         try:
-            async for piece in self.service.generate(request, [], self.key, self.usage):
+            async for piece in self._pieces(request):
                 if not begun:
                     begun = True
-                    yield send("response.created", response=self.object("in_progress"))
-                    yield send("response.in_progress", response=self.object("in_progress"))
-                    yield send(
-                        "response.output_item.added", output_index=0, item=self.item("", "in_progress")
-                    )
+                    yield send("response.created", response=self._object("in_progress"))
+                    yield send("response.in_progress", response=self._object("in_progress"))
+                    item = self._item("", "in_progress")
+                    yield send("response.output_item.added", output_index=0, item=item)
                     yield send("response.content_part.added", **place, part=empty)
-                if piece.finish_reason == "error":
-                    raise _failed(piece)
                 if piece.text:
                     text += piece.text
                     yield send("response.output_text.delta", **place, delta=piece.text, logprobs=[])
@@ -217,48 +177,47 @@ class Answer:
         except ApiError as error:
             if not begun:
                 raise
-            failed = self.object("failed", text) | {
-                "error": {"code": "server_error", "message": error.message}
-            }
-            yield send("response.failed", response=failed)
+            problem = {"code": "server_error", "message": error.message}
+            yield send("response.failed", response=self._object("failed", text) | {"error": problem})
             return
-        answer = self.finished(text, reason)
+        answer = self._finished(text, reason)
         yield send("response.output_text.done", **place, text=text, logprobs=[])
         yield send("response.content_part.done", **place, part={**empty, "text": text})
-        yield send("response.output_item.done", output_index=0, item=self.item(text, answer["status"]))
+        yield send("response.output_item.done", output_index=0, item=answer["output"][0])
         yield send("response.incomplete" if reason == "length" else "response.completed", response=answer)
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=EITHER)
 async def create(request: Request, body: ResponsesRequest) -> Response:
     """Answer text with text; OpenAI's responses."""
     service: Service = request.app.state.service
-    key = service.authorize(request.headers.get("authorization"), spend=True)
+    key: ApiKey = request.scope["sharewell.key"]
     refuse_unsupported(body)
     answer = Answer(service, body, key)
+    service.admit(key)
     if body.stream:
-        return await stream(answer.events())
-    return JSONResponse(await unless_gone(request, answer.whole()))
+        return await stream(request, answer.events())
+    return JsonResponse(await unless_gone(request, answer.whole()))
 
 
-def _stored(request: Request, response_id: str) -> tuple[Service, ApiKey, str]:
-    service: Service = request.app.state.service
-    key = service.authorize(request.headers.get("authorization"), spend=False)
-    stored = service.store.response(response_id, key)
-    if stored is None:
-        raise ApiError(404, f"response {response_id!r} does not exist", code="response_not_found")
-    return service, key, stored[0]
+def _missing(response_id: str) -> ApiError:
+    return ApiError(404, f"response {response_id[:200]!r} does not exist", code="response_not_found")
 
 
 @router.get("/v1/responses/{response_id}")
 async def retrieve(request: Request, response_id: str) -> Response:
     """A stored response of this key."""
-    return JSONResponse(json.loads(_stored(request, response_id)[2]))
+    service: Service = request.app.state.service
+    stored = service.store.response(response_id, request.scope["sharewell.key"])
+    if stored is None:
+        raise _missing(response_id)
+    return Response(stored[0], media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete(request: Request, response_id: str) -> Response:
     """Forget a stored response of this key."""
-    service, key, _ = _stored(request, response_id)
-    service.store.delete_response(response_id, key)
-    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+    service: Service = request.app.state.service
+    if not service.store.delete_response(response_id, request.scope["sharewell.key"]):
+        raise _missing(response_id)
+    return JsonResponse({"id": response_id, "object": "response", "deleted": True})

@@ -1,7 +1,7 @@
 """Request bodies, with OpenAI's names and ranges.
 
-Unknown fields are ignored and logged; fields that OpenAI defines and this server does not support are refused by name
-(:func:`refuse_unsupported`).
+Unknown fields are ignored and logged; fields that OpenAI defines and this server does not support are refused
+by name (:func:`refuse_unsupported`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from .errors import ApiError
 
@@ -18,12 +28,28 @@ _reported: set[str] = set()
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(max_length=1_000_000)]
+# fail_fast: a list of a million wrong items would otherwise give a million complaints, a kilobyte each
+TokenIds = Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
 Count = Annotated[StrictInt, Field(ge=0, le=2**31)]
 Number = Annotated[float, Strict()]  # takes integers too, but no strings and no booleans
 Metadata = Annotated[dict[str, Annotated[StrictStr, Field(max_length=512)]], Field(max_length=16)]
 StopText = Annotated[StrictStr, Field(max_length=1000)]
-Stop = Annotated[list[StopText], Field(max_length=16)] | StopText | None
+Stop = Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | StopText | None
+MAX_BIASES = 1024
+
+
+def _few(value: Any) -> Any:
+    """Refuses a large ``logit_bias`` before each of its entries is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} entries are taken, got {len(value)}")
+    return value
+
+
+Biases = Annotated[
+    dict[Annotated[StrictStr, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]],
+    BeforeValidator(_few),
+    Field(max_length=MAX_BIASES),
+]
 
 
 class Body(BaseModel):
@@ -97,15 +123,26 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: StrictStr | Annotated[list[TextPart], Field(max_length=4096)] | None = None
+    content: StrictStr | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)] | None = None
     name: StrictStr | None = None
-    tool_calls: Annotated[list[ToolCall] | None, Field(max_length=128)] = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
     # what clients send back of an earlier answer; none of it is part of the prompt
     refusal: StrictStr | None = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
+
+
+class Extensions(Body):
+    """``sharewell``: this server's own settings. What is not built in yet may only be switched off."""
+
+    cache: Literal["off"] | None = None
+    relay: Literal["off"] | None = None
 
 
 class Generation(Body):
@@ -121,30 +158,28 @@ class Generation(Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
     min_tokens: Count | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     stop: Stop = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: StrictBool = False
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
-    logit_bias: Annotated[
-        dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None, Field(max_length=1024)
-    ] = None
+    logit_bias: Biases | None = None
     priority: Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)] = 0
     user: StrictStr | None = None
-    sharewell: dict[str, Any] | None = None
+    sharewell: Extensions | None = None
 
 
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool] | None, Field(max_length=128)] = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -157,9 +192,9 @@ class CompletionRequest(Generation):
 
     prompt: (
         StrictStr
-        | Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=256)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=256)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=256, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=256, fail_fast=True)]
     )
     echo: StrictBool | None = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -176,7 +211,7 @@ class ResponseInput(Body):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: StrictStr | Annotated[list[ResponseInputPart], Field(max_length=4096)]
+    content: StrictStr | Annotated[list[ResponseInputPart], Field(max_length=4096, fail_fast=True)]
     id: StrictStr | None = None
     status: StrictStr | None = None
 
@@ -200,7 +235,7 @@ class ResponsesRequest(Body):
     """POST /v1/responses: text in, text out."""
 
     model: Name
-    input: StrictStr | Annotated[list[ResponseInput], Field(min_length=1, max_length=4096)]
+    input: StrictStr | Annotated[list[ResponseInput], Field(min_length=1, max_length=4096, fail_fast=True)]
     instructions: StrictStr | None = None
     previous_response_id: StrictStr | None = None
     store: StrictBool | None = True
@@ -217,20 +252,22 @@ class ResponsesRequest(Body):
     prompt_cache_key: StrictStr | None = None
     safety_identifier: StrictStr | None = None
     user: StrictStr | None = None
-    sharewell: dict[str, Any] | None = None
+    sharewell: Extensions | None = None
 
 
 class EmbeddingsRequest(Body):
-    """POST /v1/embeddings. ``truncate`` cuts texts that are longer than the model takes instead of refusing them."""
+    """POST /v1/embeddings. ``truncate`` cuts texts that are longer than the model takes instead of refusing
+    them."""
 
     model: Name
     input: (
         StrictStr
-        | Annotated[list[TokenId], Field(min_length=1, max_length=100_000)]
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=100_000, fail_fast=True)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=2048, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
     )
     encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[StrictInt, Field(ge=1, le=65536)] | None = None
     truncate: StrictBool = False
     user: StrictStr | None = None
 
@@ -240,8 +277,11 @@ class TokenizeRequest(Body):
 
     model: Name | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message] | None, Field(min_length=1, max_length=4096)] = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: StrictBool = True
+    add_special_tokens: StrictBool = True
 
 
 class DetokenizeRequest(Body):
@@ -255,10 +295,12 @@ class DetokenizeRequest(Body):
 _TIER = (None, "auto", "default")
 UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "ChatRequest": {
-        "audio": (None,), "modalities": (None, ["text"]), "prediction": (None,), "web_search_options": (None,),
+        "audio": (None,), "modalities": (None, ["text"]), "prediction": (None,),
+        "web_search_options": (None,),
         "functions": (None, []), "function_call": (None, "none"), "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"), "service_tier": _TIER, "store": (None, False), "metadata": (None, {}),
-        "prompt_cache_retention": (None, "in_memory", "in-memory"), "moderation": (None,),
+        "prompt_cache_retention": (None, "in_memory", "in-memory"), "prompt_cache_options": (None,),
+        "moderation": (None,),
     },
     "CompletionRequest": {"suffix": (None, ""), "best_of": (None, 1)},
     "ResponsesRequest": {
@@ -266,10 +308,10 @@ UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "reasoning": (None, {}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
         "background": (None, False), "conversation": (None,), "prompt": (None,), "max_tool_calls": (None,),
         "truncation": (None, "disabled"), "top_logprobs": (None, 0), "service_tier": _TIER,
-        "prompt_cache_retention": (None, "in_memory", "in-memory"), "context_management": (None, []),
-        "moderation": (None,),
+        "prompt_cache_retention": (None, "in_memory", "in-memory"), "prompt_cache_options": (None,),
+        "context_management": (None, []), "moderation": (None,), "image": (None,),
+        "background_options": (None,), "access_programs": (None, []),
     },
-    "EmbeddingsRequest": {"dimensions": (None,)},
 }  # fmt: skip
 
 
@@ -278,4 +320,5 @@ def refuse_unsupported(body: Body) -> None:
     for name, unused in UNSUPPORTED.get(type(body).__name__, {}).items():
         value = (body.model_extra or {}).get(name)
         if not any(value == u and type(value) is type(u) for u in unused):
-            raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+            message = f"{name} is not supported by this server"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")

@@ -1,4 +1,5 @@
-"""The HTTP server: uvicorn with bounds on what a connection may do before it has sent a request, and a real drain."""
+"""The HTTP server: uvicorn with bounds on what a connection may do before it has sent a request, and a real
+drain."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from ..core.cores import pin
 from .config import ServerConfig
 from .errors import ApiError
 from .service import Service
 
 log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 32
 
 
 def _raw(status: str, error: ApiError) -> bytes:
@@ -40,10 +43,11 @@ _HEAD_TOO_LARGE = _raw(
 class BoundedHttpProtocol(HttpToolsProtocol):
     """A connection whose request heads are bounded in size and time.
 
-    Uvicorn waits for a request's head as long as the client likes and keeps whatever arrives of it. Here a head
-    must be complete ``head_timeout_s`` after the connection was made or its first byte came (so half-open and
-    trickling connections end), within MAX_HEAD_BYTES. A client that takes none of its answer for
-    ``write_timeout_s`` is cut off.
+    Uvicorn waits for a request's head as long as the client likes and keeps whatever arrives of it. Here a
+    head must be complete ``head_timeout_s`` after the connection was made or its first byte came (so
+    half-open and trickling connections end), within MAX_HEAD_BYTES. A client that takes none of its answer
+    for ``write_timeout_s`` is cut off, and so is one that asks for more than MAX_PIPELINED answers ahead:
+    uvicorn would read on after every answer, and keep all these requests.
     """
 
     head_timeout_s = 30.0
@@ -54,18 +58,40 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._head_bytes = 0
         self._in_head = True
-        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(self.head_timeout_s, self._head_late)
+        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(
+            self.head_timeout_s, self._head_late
+        )
         self._write_timer: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
+        if len(self.connections) > 2 * self.max_connections:
+            self._abort()  # up to there the others are told, by the 503 of the gate
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_write_timer()
+        self._disconnect_cycles()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle  # ``self.cycle`` is the request that was read last
+        super()._start_asgi_task(cycle, app)
+
+    def _disconnect_cycles(self) -> None:
+        """Let the endpoints see that the client has gone; uvicorn tells only the one of the last request."""
+        for cycle in (self._answering, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
+
+    def _abort(self) -> None:
+        self._disconnect_cycles()
+        self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()
         # close() would wait for the client to read what is buffered
-        self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
+        self._write_timer = self.loop.call_later(self.write_timeout_s, self._abort)
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
@@ -80,26 +106,43 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        # one read may end a head and carry its body; a head that is still open after this many bytes is too large
+        # One read may end a head and carry its body; a head that is still open after so many bytes is too
+        # large.
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_HEAD_TOO_LARGE)
-            self.transport.close()
+            self._refuse(_HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests ahead of their answers")  # ends the parsing
         super().on_message_begin()
         if not self._in_head:
             self._in_head, self._head_bytes = True, 0
             self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_late)
-        self.scope["sharewell.overloaded"] = len(self.connections) > self.max_connections  # type: ignore[typeddict-unknown-key]
+        scope: Any = self.scope
+        scope["sharewell.overloaded"] = len(self.connections) > self.max_connections
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.pipeline and not self.transport.is_closing():
+            self.flow.pause_reading()
+
     def send_400_response(self, msg: str) -> None:
-        self.transport.write(_INVALID)
-        self.transport.close()
+        self._refuse(_INVALID)
+
+    def _refuse(self, answer: bytes) -> None:
+        answering = (
+            self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        )
+        if not answering and not self.pipeline:
+            self.transport.write(answer)
+            self.transport.close()
+        else:
+            self._abort()  # in the middle of another answer this one would be nonsense
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -112,9 +155,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
+def bounded_protocol(config: ServerConfig) -> type[BoundedHttpProtocol]:
+    """The protocol with the bounds of ``config``."""
+    bounds = {
+        "head_timeout_s": config.body_timeout_s,
+        "write_timeout_s": config.write_timeout_s,
+        "max_connections": config.max_connections,
+    }
+    return type("BoundedHttpProtocol", (BoundedHttpProtocol,), bounds)
+
+
 class Server(uvicorn.Server):
-    """Uvicorn that drains: on the first SIGTERM or SIGINT new requests get 503 while those under way are finished, for
-    at most ``drain_timeout_s``; then it closes. A second signal ends it at once. The exit code is 0 either way."""
+    """Uvicorn that drains: on the first SIGTERM or SIGINT new requests get 503 while those under way are
+    finished, for at most ``drain_timeout_s``; then it closes. A second signal ends it at once. The exit code
+    is 0 either way."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -133,7 +187,11 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._drain_until is not None:
             busy = any(c.cycle is not None and not c.cycle.response_complete for c in self._connections())
-            if not busy or self._service.clock.monotonic() > self._drain_until:
+            if not busy:
+                self.should_exit = True
+            elif self._service.clock.monotonic() > self._drain_until:
+                log.warning("%d requests are not finished: ending them", self._service.engine.live)
+                self._service.engine.abandon()  # their streams end with an error, which uvicorn still sends
                 self.should_exit = True
         return await super().on_tick(counter)
 
@@ -151,7 +209,8 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; try another --port"
+            f"cannot listen on {config.host} port {config.port}: {error.strerror or error};"
+            " try another --port"
         ) from None
     return listener
 
@@ -159,7 +218,8 @@ def bind(config: ServerConfig) -> socket.socket:
 def run(
     config: ServerConfig, app: FastAPI, listener: socket.socket, announce: Callable[[str], None] = log.info
 ) -> None:
-    """Serve ``app`` until SIGTERM or SIGINT, then finish what is under way. Raises EngineFailed or ModelError.
+    """Serve ``app`` until SIGTERM or SIGINT, then finish what is under way. Raises EngineFailed or
+    ModelError.
 
     ``announce`` gets one line, with the address, when requests are taken.
     """
@@ -167,19 +227,10 @@ def run(
     with contextlib.suppress(ValueError, OSError):  # half-open connections take a descriptor each
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
     service: Service = app.state.service
-    protocol = type(
-        "Protocol",
-        (BoundedHttpProtocol,),
-        {
-            "head_timeout_s": config.body_timeout_s,
-            "write_timeout_s": config.write_timeout_s,
-            "max_connections": config.max_connections,
-        },
-    )
     settings = uvicorn.Config(
         app,
         loop="uvloop",
-        http=protocol,
+        http=bounded_protocol(config),
         ws="none",
         access_log=False,
         log_level="warning",
@@ -198,13 +249,15 @@ async def _serve(
     server: Server, service: Service, listener: socket.socket, announce: Callable[[str], None]
 ) -> None:
     await service.start()
+    pin(service.engine.budget.api)
     try:
         info, config = service.engine.info, service.config
         host = f"[{config.host}]" if ":" in config.host else config.host
         listener.listen(2048)
+        address = f"http://{host}:{listener.getsockname()[1]}"
         announce(
             f"serving {config.names[0]} ({info.dtype}, {info.runner} runner, {info.threads} threads, context"
-            f" {info.context_length}) at http://{host}:{listener.getsockname()[1]} - the page is at /, the API at /v1"
+            f" {info.context_length}) at {address} - the page is at /, the API at /v1"
         )
         await server.serve(sockets=[listener])
     finally:

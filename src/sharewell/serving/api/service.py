@@ -1,4 +1,4 @@
-"""What every endpoint needs: the engine, the model's text side, keys and metrics, and one stream of answer text."""
+"""What every endpoint needs: engine, text side of the model, keys, metrics, and one stream of answer text."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ import dataclasses
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import orjson
 
 from ...models import ChatTemplate, Embedder, IncrementalDetokenizer, Tokenizer, load_embedder, resolve_model
 from ...simulation import Clock
-from ..core.messages import EngineRequest, GrammarSpec, SamplingParams, TokenLogprob
+from ..core.messages import EngineRequest, GrammarSpec, SamplingParams, TokenLogprob, TokenOutput
 from ..core.process import AsyncEngine, Draining, EngineFailed, QueueFull, Refused
 from .config import ServerConfig
-from .errors import ApiError, from_engine
+from .errors import ApiError, from_engine, from_failure
 from .keys import ApiKey, StateStore
 from .metrics import Metrics
-from .schemas import Generation, ResponseFormat
+from .schemas import Generation
 from .text import StopScanner
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ENGINE_ERRORS = (QueueFull, Refused, Draining, EngineFailed)
+LONG_TEXT = 4096  # characters; longer ones are tokenised off the event loop
+MOST_CHARACTERS_A_TOKEN = 64  # of a text that is tokenised at all; ordinary texts have three to five
 
 
 @dataclass
@@ -36,7 +43,13 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
 
+    def add(self, other: Usage) -> None:
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.cached_tokens += other.cached_tokens
+
     def body(self) -> dict[str, Any]:
+        """OpenAI's form."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -45,47 +58,70 @@ class Usage:
         }
 
 
+@dataclass(frozen=True)
+class Fields:
+    """The request's fields that hold prompt, constraint and limit: what errors about them name."""
+
+    prompt: str
+    grammar: str
+    max_tokens: str = "max_tokens"
+
+
 @dataclass
 class Piece:
-    """Something to show of one choice: text that is certain, its tokens, and at the end the reason."""
+    """Something to show of one choice: certain text, its tokens' scores, and at the end the reason."""
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    stop_text: str | None = None
 
 
 @dataclass
 class _Choice:
+    """One choice on its way from tokens to text."""
+
     detokenizer: IncrementalDetokenizer
     scanner: StopScanner
     tokens: int = 0
-    pending: list[TokenLogprob] = field(default_factory=list)
-    last_at: float | None = None
     first_at: float | None = None
-    done: bool = False
+    last_at: float | None = None
+    reason: str | None = None
+
+    def take(self, output: TokenOutput) -> str:
+        """The text that ``output`` makes certain; sets ``reason`` at the end."""
+        self.tokens += len(output.token_ids)
+        text = self.scanner.push(self.detokenizer.push(output.token_ids))
+        self.reason = output.finish_reason
+        if self.reason is not None and self.scanner.stopped is None:
+            text += self.scanner.push(self.detokenizer.flush())
+        if self.scanner.stopped is not None:
+            self.reason = "stop"
+        elif self.reason is not None:
+            text += self.scanner.flush()
+        return text
 
 
 class Service:
-    """The server's parts. ``engine`` is set when it has started."""
+    """The server's parts. ``engine`` is there from :meth:`start` on. Raises ModelError for a model without a
+    readable tokenizer or template."""
 
     def __init__(self, config: ServerConfig, clock: Clock) -> None:
         self.config, self.clock = config, clock
-        folder = resolve_model(config.engine.model, allow_pull=True)
-        self.folder: Path = folder
-        self.tokenizer = Tokenizer(folder)
-        self.template = ChatTemplate(folder)
+        self.folder: Path = resolve_model(config.engine.model)
+        self.tokenizer = Tokenizer(self.folder)
+        self.template = ChatTemplate(self.folder)
         self.store = StateStore(config.state_path, clock)
         self.metrics = Metrics()
         self.engine: AsyncEngine
         self.draining = False
         self.started_unix = int(clock.unix())
-        self.started = clock.monotonic()
+        self._started = clock.monotonic()
         self._embedder: Embedder | None = None
-        self._embedder_lock = asyncio.Lock()
-        self._any_key: tuple[float, bool] = (-1.0, False)
+        # One thread, however many ask: the other cores are the engine's. Requests take turns group by group.
+        self._embedding = ThreadPoolExecutor(1, "sharewell-embedding")
+        self._key_required: tuple[float, bool] | None = None
 
     async def start(self) -> None:
         """Start the engine. Raises EngineFailed with its message."""
@@ -93,10 +129,12 @@ class Service:
             self.config.engine, recover_timeout_s=self.config.recover_timeout_s, clock=self.clock
         )
 
-    async def stop(self) -> None:
-        """Stop the engine and close the state file."""
-        await self.engine.drain(self.config.drain_timeout_s)
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Wait for what is under way, stop the engine and close the state file."""
+        self.draining = True
+        await self.engine.drain(drain_timeout_s)
         await self.engine.close()
+        self._embedding.shutdown(cancel_futures=True)
         self.store.close()
 
     # Who asks, and for what
@@ -104,24 +142,27 @@ class Service:
     def key_required(self) -> bool:
         """True when requests must carry an API key; looked up at most once a second."""
         now = self.clock.monotonic()
-        if now - self._any_key[0] > 1 or self._any_key[0] < 0:
-            self._any_key = (now, self.store.any_key)
-        return self._any_key[1]
+        if self._key_required is None or now - self._key_required[0] > 1:
+            self._key_required = (now, self.store.ever_key)
+        return self._key_required[1]
 
-    def authorize(self, header: str | None, *, spend: bool) -> ApiKey:
-        """The key of an Authorization header. Raises ApiError 401, or 429 when ``spend`` and a budget is used up."""
+    def find_key(self, header: str | None) -> ApiKey:
+        """The key of an Authorization header; the keyless user while no key exists. Raises ApiError 401."""
         if not self.key_required():
             return ApiKey(0, "local")
         secret = header[7:].strip() if header and header[:7].lower() == "bearer " else ""
         key = self.store.find(secret) if secret else None
         if key is None:
-            raise ApiError(
-                401, "a valid API key is needed in the Authorization header", code="invalid_api_key"
-            )
-        if spend and (over := self.store.exceeded(key)):
-            code = "rate_limit_exceeded" if over.retry_after_s is not None else "insufficient_quota"
-            raise ApiError(429, f"budget used up: {over.what}", code=code, retry_after_s=over.retry_after_s)
+            message = "a valid API key is needed in the Authorization header"
+            raise ApiError(401, message, code="invalid_api_key")
         return key
+
+    def admit(self, key: ApiKey) -> None:
+        """Count one request that costs tokens against the key's budgets. Raises ApiError 429."""
+        over = self.store.admit(key)
+        if over is not None:
+            code = "insufficient_quota" if over.retry_after_s is None else "rate_limit_exceeded"
+            raise ApiError(429, f"budget used up: {over.what}", code=code, retry_after_s=over.retry_after_s)
 
     def model_names(self) -> list[str]:
         """Names that requests may use: served names and ``<base>:<adapter>``."""
@@ -130,195 +171,179 @@ class Service:
 
     def resolve(self, name: str) -> str | None:
         """The adapter that model ``name`` means, None for the base model. Raises ApiError 404."""
+        if name in (*self.config.names, self.config.engine.model):
+            return None
         base, _, adapter = name.partition(":")
-        if base in (*self.config.names, self.config.engine.model) and (
-            not adapter or adapter in self.engine.adapters
-        ):
-            return adapter or None
+        if base in self.config.names and adapter in self.engine.adapters:
+            return adapter
         known = ", ".join(self.model_names())
         raise ApiError(
-            404, f"model {name!r} does not exist; there are: {known}", param="model", code="model_not_found"
+            404,
+            f"model {name[:200]!r} does not exist; there are: {known}",
+            param="model",
+            code="model_not_found",
         )
 
     # Text and tokens
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids; long texts off the event loop."""
-        if len(text) < 4096:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+    async def encode(self, text: str, param: str, *, special: bool = False) -> list[int]:
+        """Token ids. ``special`` adds what the tokenizer itself puts around a text, such as a first token.
 
-    async def embedder(self) -> Embedder:
-        """The embedding model, loaded at first use."""
-        async with self._embedder_lock:
-            if self._embedder is None:
-                self._embedder = await asyncio.to_thread(load_embedder, self.config.embedding_model, 1)
-        return self._embedder
-
-    def grammar(self, format: ResponseFormat | None) -> GrammarSpec | None:
-        """The constraint of a ``response_format``."""
-        import json
-
-        if format is None or format.type == "text":
-            return None
-        if format.type == "json_object":
-            return GrammarSpec("json_object")
-        if format.json_schema is None:
+        Raises ApiError 400 about field ``param`` for a text that is far beyond the model's context: making
+        tokens of many megabytes takes a hundred times their memory.
+        """
+        context = self.engine.info.context_length
+        most = max(1 << 20, MOST_CHARACTERS_A_TOKEN * context)
+        if len(text) > most:
             raise ApiError(
-                400, "response_format.json_schema is required", param="response_format.json_schema"
+                400,
+                f"the prompt has {len(text)} characters, but the model's context is {context} tokens; at most"
+                f" {most} characters are taken",
+                param=param,
+                code="context_length_exceeded",
             )
-        return GrammarSpec("json_schema", json.dumps(format.json_schema.schema_))
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, special)
+
+    async def with_embedder(self, work: Callable[[Embedder], T]) -> T:
+        """``work`` on the embedding model, off the event loop; the model is loaded at first use."""
+
+        def run() -> T:
+            if self._embedder is None:
+                self._embedder = load_embedder(self.config.embedding_model, 1)
+                if "torch" in sys.modules:
+                    sys.modules["torch"].set_num_threads(1)
+            return work(self._embedder)
+
+        return await asyncio.get_running_loop().run_in_executor(self._embedding, run)
 
     def sampling(
-        self, body: Generation, n_prompt: int, max_tokens: int | None, **more: Any
+        self, body: Generation, n_prompt: int, max_tokens: int | None, fields: Fields, **more: Any
     ) -> SamplingParams:
         """Sampling parameters of a request; what is not given has OpenAI's default. Raises ApiError 400."""
-        room = self.engine.info.context_length - n_prompt
-        limit = max(0, room) if max_tokens is None else max_tokens
-        if max_tokens is not None and n_prompt < self.engine.info.context_length < n_prompt + max_tokens:
+        limit = self.engine.info.context_length
+        if max_tokens is not None and n_prompt < limit < n_prompt + max_tokens:
             raise ApiError(
                 400,
-                f"the model's context is {self.engine.info.context_length} tokens, but the prompt has {n_prompt} and"
-                f" max_tokens asks for {max_tokens}",
-                param="max_tokens",
+                f"the model's context is {limit} tokens, but the prompt has {n_prompt} and"
+                f" {fields.max_tokens} asks for {max_tokens}",
+                param=fields.max_tokens,
                 code="context_length_exceeded",
             )
-        try:
-            biases = {int(k): v for k, v in (body.logit_bias or {}).items()}
-        except ValueError:
-            raise ApiError(400, "logit_bias must have token ids as keys", param="logit_bias") from None
-        seed = body.seed % 2**64 if body.seed is not None else secrets.randbits(64)
         given = {
-            "temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p, "min_tokens": body.min_tokens,
+            "temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p,
+            "top_k": None if body.top_k is None else max(0, body.top_k), "min_tokens": body.min_tokens,
             "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
-            "repetition_penalty": body.repetition_penalty, "top_k": None if body.top_k is None else max(0, body.top_k),
+            "repetition_penalty": body.repetition_penalty, "ignore_eos": body.ignore_eos,
         }  # fmt: skip
+        known = {name: value for name, value in given.items() if value is not None}
         try:
             return SamplingParams(
-                seed=seed,
-                max_tokens=limit,
-                logit_bias=biases,
-                ignore_eos=body.ignore_eos,
+                seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+                max_tokens=max(0, limit - n_prompt) if max_tokens is None else max_tokens,
+                logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
                 stop_token_ids=tuple(body.stop_token_ids or ()),
-                **{k: v for k, v in given.items() if v is not None},
-                **more,
+                **{**known, **more},
             )
         except ValueError as error:
-            raise ApiError(400, str(error), param=str(error).split(" ", 1)[0], code="invalid_value") from None
+            field = str(error).partition(" ")[0].partition("[")[0]
+            raise ApiError(400, str(error), param=field, code="invalid_value") from None
 
     def request(
-        self, request_id: str, prompt: Sequence[int], sampling: SamplingParams, key: ApiKey, *, n: int = 1,
-        adapter: str | None = None, priority: int = 0,
+        self, request_id: str, prompt: Sequence[int], sampling: SamplingParams, key: ApiKey,
+        fields: Fields, *, n: int = 1, adapter: str | None = None, priority: int = 0,
     ) -> EngineRequest:  # fmt: skip
-        """An engine request whose shared prefixes stay within the key unless the operator widened ``share_scope``."""
+        """An engine request whose shared prefixes stay within the key unless the operator widened
+        ``share_scope``. Raises ApiError 400 for a prompt of no tokens or too many."""
+        limit = self.engine.info.context_length
         if not prompt:
-            raise ApiError(
-                400, "the prompt must have at least one token", param="prompt", code="empty_prompt"
-            )
-        if len(prompt) + 1 > self.engine.info.context_length:
+            message = "the prompt must have at least one token"
+            raise ApiError(400, message, param=fields.prompt, code="empty_prompt")
+        if len(prompt) + 1 > limit:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens, but the model's context is {self.engine.info.context_length} tokens",
-                param="messages",
+                f"the prompt has {len(prompt)} tokens, but the model's context is {limit}, answer included",
+                param=fields.prompt,
                 code="context_length_exceeded",
             )
-        salt = (
-            ""
-            if self.config.share_scope == "all"
-            else hashlib.blake2b(str(key.id).encode(), digest_size=8).hexdigest()
-        )
+        salt = "" if self.config.share_scope == "all" else key_salt(key)
         return EngineRequest(
             request_id, tuple(prompt), sampling, n, adapter, priority, salt, arrival_s=self.clock.monotonic()
         )
 
     async def generate(
-        self,
-        request: EngineRequest,
-        stops: Sequence[str],
-        key: ApiKey,
-        usage: Usage,
-        *,
+        self, request: EngineRequest, stops: Sequence[str], key: ApiKey, usage: Usage, fields: Fields, *,
         keep_special: bool = False,
-    ) -> AsyncIterator[Piece]:
-        """The answer's pieces, all choices mixed. ``usage`` is kept current and in the ledger before the last piece.
+    ) -> AsyncGenerator[Piece]:  # fmt: skip
+        """The answer's pieces, all choices mixed; closing the generator cancels the request.
 
-        Raises ApiError before the first piece; a failure in the middle is a piece with finish_reason "error".
+        ``usage`` is kept current, and is in the ledger before the last piece. Raises ApiError: before the
+        first piece when the engine refuses, later when it fails.
         """
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=5)
+        tail = request.prompt_ids[-4:]
+        choices = [
+            _Choice(IncrementalDetokenizer(self.tokenizer, tail, not keep_special), StopScanner(stops))
+            for _ in range(request.n)
+        ]
+        left = set(range(request.n))
         usage.prompt_tokens += len(request.prompt_ids)
-        choices = {
-            i: _Choice(
-                IncrementalDetokenizer(self.tokenizer, request.prompt_ids[-4:], not keep_special),
-                StopScanner(stops),
-            )
-            for i in range(request.n)
-        }
-        left = set(choices)
-        first = True
-        stream = self.engine.submit(request)
+        begun = False
+        self._record(request, key, usage)
         try:
-            async with contextlib.aclosing(stream) as outputs:  # pyright: ignore[reportArgumentType]
+            # The engine's iterator cancels the request when it is left early.
+            async with contextlib.aclosing(self.engine.submit(request)) as outputs:  # pyright: ignore[reportArgumentType]
                 async for output in outputs:
                     choice = choices[output.index]
-                    if choice.done:
-                        continue
-                    now = self.clock.monotonic()
-                    if output.token_ids:
-                        if choice.last_at is not None:
-                            self.metrics.next_token(now - choice.last_at)
-                        elif first:
-                            self.metrics.first_token(now - request.arrival_s)
-                        choice.first_at = choice.first_at or now
-                        choice.last_at = now
-                    if first and output.cached_tokens:
+                    if choice.reason is not None:
+                        continue  # stopped by its text; others of the request go on
+                    if not begun:
                         usage.cached_tokens += output.cached_tokens
-                    first = False
-                    choice.tokens += len(output.token_ids)
+                    if output.token_ids:
+                        self._time(request, choice, first=not begun)
+                    begun = True
                     usage.completion_tokens += len(output.token_ids)
-                    choice.pending += output.logprobs
-                    text = choice.scanner.push(choice.detokenizer.push(output.token_ids))
-                    reason = output.finish_reason
-                    if choice.scanner.stopped is not None:
-                        reason = "stop"
-                    elif reason is not None:
-                        text += choice.scanner.push(choice.detokenizer.flush())
-                        if choice.scanner.stopped is None:
-                            text += choice.scanner.flush()
-                        else:
-                            reason = "stop"
-                    if reason is not None:
-                        choice.done = True
+                    if output.finish_reason == "error":
+                        log.warning("request %s failed: %s", request.request_id, output.error)
+                        raise from_failure(output.error)
+                    text = choice.take(output)
+                    if choice.reason is not None:
                         left.discard(output.index)
-                        if choice.tokens > 1 and choice.first_at is not None and choice.last_at is not None:
-                            self.metrics.tpot.observe(
-                                (choice.last_at - choice.first_at) / (choice.tokens - 1)
-                            )
+                        self._time_whole(choice)
                         if not left:
-                            self.store.record(
-                                request.request_id,
-                                key,
-                                usage.prompt_tokens,
-                                usage.completion_tokens,
-                                usage.cached_tokens,
-                            )
-                    if text or reason is not None or output.prompt_logprobs is not None or choice.pending:
-                        if reason == "error":
-                            log.warning("request %s failed: %s", request.request_id, output.error)
-                        scored, choice.pending = tuple(choice.pending), []
+                            self._record(request, key, usage)
+                    if text or output.logprobs or choice.reason or output.prompt_logprobs is not None:
                         yield Piece(
-                            output.index, text, scored, reason, output.prompt_logprobs,
-                            output.error if reason == "error" else choice.scanner.stopped,
-                        )  # fmt: skip
+                            output.index, text, output.logprobs, choice.reason, output.prompt_logprobs
+                        )
                     if not left:
                         return
         except ENGINE_ERRORS as error:
-            raise from_engine(error) from None
+            raise from_engine(error, prompt=fields.prompt, grammar=fields.grammar) from None
         finally:
-            if left and usage.completion_tokens:  # the client went away: what was computed still counts
-                self.store.record(
-                    request.request_id, key, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
-                )
+            if left and begun:  # the client went away or the engine failed: what was computed still counts
+                self._record(request, key, usage)
+            elif left:
+                self.store.forget(request.request_id, key)
+
+    def _record(self, request: EngineRequest, key: ApiKey, usage: Usage) -> None:
+        self.store.record(
+            request.request_id, key, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+        )
+
+    def _time(self, request: EngineRequest, choice: _Choice, *, first: bool) -> None:
+        now = self.clock.monotonic()
+        if choice.last_at is not None:
+            self.metrics.next_token(now - choice.last_at)
+        else:
+            choice.first_at = now
+            if first:
+                self.metrics.first_token(now - request.arrival_s)
+        choice.last_at = now
+
+    def _time_whole(self, choice: _Choice) -> None:
+        if choice.tokens > 1 and choice.first_at is not None and choice.last_at is not None:
+            self.metrics.tpot.observe((choice.last_at - choice.first_at) / (choice.tokens - 1))
 
     async def stats(self) -> dict[str, Any]:
         """What the page shows."""
@@ -335,10 +360,26 @@ class Service:
                 "tokens": stats.cached_prompt_tokens,
                 "seconds": stats.cached_prompt_tokens * stats.prefill_s_per_token,
             },
-            "uptime_s": now - self.started,
+            "uptime_s": now - self._started,
             "auth_required": self.key_required(),
             "version": __version__,
         }
+
+
+def key_salt(key: ApiKey) -> str:
+    """What keeps this key's shared prefixes apart from those of others."""
+    return hashlib.blake2b(str(key.id).encode(), digest_size=8).hexdigest()
+
+
+def json_grammar(kind: str, schema: dict[str, Any] | None, param: str) -> GrammarSpec | None:
+    """The constraint of a ``response_format``: text, json_object or json_schema. Raises ApiError 400."""
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return GrammarSpec("json_object")
+    if schema is None:
+        raise ApiError(400, f"{param} is needed for type json_schema", param=param, code="invalid_value")
+    return GrammarSpec("json_schema", orjson.dumps(schema).decode())
 
 
 def new_id(prefix: str) -> str:

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 
-from ...models import TemplateError
-from .chat import plain_messages
 from .embeddings import embedding_names
 from .errors import ApiError
+from .prompts import chat_prompt
 from .schemas import DetokenizeRequest, TokenizeRequest
 from .service import Service
+from .strict_json import JsonResponse, StrictRoute
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -30,7 +32,6 @@ def _service(request: Request) -> Service:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    info = service.engine.info
     entry: dict[str, Any] = {
         "id": name,
         "object": "model",
@@ -38,12 +39,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "sharewell",
     }
     if name not in embedding_names(service):
-        base, _, adapter = name.partition(":")
-        entry |= {
-            "max_model_len": info.context_length,
-            "dtype": info.dtype,
-            "parent": base if adapter else None,
-        }
+        info = service.engine.info
+        base = name.rpartition(":")[0] if service.resolve(name) is not None else None
+        entry |= {"max_model_len": info.context_length, "dtype": info.dtype, "parent": base}
     return entry
 
 
@@ -51,67 +49,65 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 async def list_models(request: Request) -> Response:
     """Every name that requests may use."""
     service = _service(request)
-    service.authorize(request.headers.get("authorization"), spend=False)
-    names = [*service.model_names(), *embedding_names(service)[:1]]
-    return JSONResponse({"object": "list", "data": [_model(service, n) for n in names]})
+    names = [*service.model_names(), embedding_names(service)[0]]
+    return JsonResponse({"object": "list", "data": [_model(service, n) for n in names]})
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(request: Request, model_id: str) -> Response:
     """One of them."""
-    service = _service(request)
-    service.authorize(request.headers.get("authorization"), spend=False)
-    if model_id not in embedding_names(service):
-        service.resolve(model_id)
-    return JSONResponse(_model(service, model_id))
+    return JsonResponse(_model(_service(request), model_id))
 
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-    """Token ids of a prompt, or of messages through the chat template."""
+    """Token ids of a prompt as completions take it, or of messages through the chat template."""
     service = _service(request)
-    service.authorize(request.headers.get("authorization"), spend=False)
-    if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give either prompt or messages", param="prompt")
-    text = body.prompt
-    if body.messages is not None:
-        try:
-            text = service.template.render(
-                plain_messages(body.messages), add_generation_prompt=body.add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ApiError(400, str(error), param="messages") from None
-    ids = await service.encode(text or "")
-    return JSONResponse(
-        {"count": len(ids), "max_model_len": service.engine.info.context_length, "tokens": ids}
-    )
+    if body.model is not None:
+        service.resolve(body.model)
+    if body.messages is not None and body.prompt is None:
+        text = chat_prompt(
+            service.template,
+            body.messages,
+            body.tools or [],
+            body.chat_template_kwargs,
+            add_generation_prompt=body.add_generation_prompt,
+        )
+        ids = await service.encode(text, "messages")
+    elif body.prompt is not None and body.messages is None:
+        ids = await service.encode(body.prompt, "prompt", special=body.add_special_tokens)
+    else:
+        raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
+    limit = service.engine.info.context_length
+    return JsonResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Text of token ids, special tokens included."""
     service = _service(request)
-    service.authorize(request.headers.get("authorization"), spend=False)
-    bad = next((t for t in body.tokens if t >= service.tokenizer.vocab_size), None)
+    if body.model is not None:
+        service.resolve(body.model)
+    size = service.tokenizer.vocab_size
+    bad = next((t for t in body.tokens if t >= size), None)
     if bad is not None:
-        raise ApiError(400, f"tokens must be below {service.tokenizer.vocab_size}, got {bad}", param="tokens")
-    return JSONResponse({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        message = f"token ids must be in [0, {size}), got {bad}"
+        raise ApiError(400, message, param="tokens", code="invalid_value")
+    return JsonResponse({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 when requests are taken, 503 while draining."""
-    service = _service(request)
-    if service.draining:
+    if _service(request).draining:
         raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=5)
-    return JSONResponse({"status": "ok"})
+    return JsonResponse({"status": "ok"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     service = _service(request)
-    service.authorize(request.headers.get("authorization"), spend=False)
     text = service.metrics.exposition(await service.engine.stats())
     return Response(text, media_type="text/plain; version=0.0.4")
 
@@ -119,9 +115,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/stats")
 async def stats(request: Request) -> Response:
     """What the page shows."""
-    service = _service(request)
-    service.authorize(request.headers.get("authorization"), spend=False)
-    return JSONResponse(await service.stats())
+    return JsonResponse(await _service(request).stats())
 
 
 @router.get("/", include_in_schema=False)
@@ -135,5 +129,5 @@ async def page_file(name: str) -> Response:
     """Its files."""
     known = {p.name for p in PAGE.iterdir() if p.is_file()}
     if name not in known:
-        raise ApiError(404, f"there is no {name!r}", code="not_found")
+        raise ApiError(404, f"there is no {name[:200]!r}", code="not_found")
     return FileResponse(PAGE / name, headers=PAGE_HEADERS)

@@ -15,6 +15,9 @@ from .errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+EITHER: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document of endpoints that may stream
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The answer"}
+}
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -29,7 +32,7 @@ def event(value: Any, name: str | None = None) -> bytes:
 
 
 async def stream(request: Request, events: AsyncGenerator[bytes]) -> Response:
-    """Answer with events. The first is awaited before the status is sent, so a refusal is a plain error answer."""
+    """Answer with events. The first is awaited before the status is sent: a refusal is a plain error."""
     try:
         first = await unless_gone(request, anext(events, None))
     except BaseException:

@@ -1,4 +1,4 @@
-"""From tokens to text that may be shown: detokenising and stop strings, across token boundaries."""
+"""Stop strings: what of a growing text may be shown, and where it ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 
 class StopScanner:
-    """Passes text on except what may still become a stop string; ends at the first stop string, which is not shown."""
+    """Passes text on except what may still become a stop string; ends at the first, which is not shown.
+
+    The first is the one that is complete first (of those that end together the longest), so what is shown
+    does not depend on how the text was cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [s for s in stops if s]
@@ -20,11 +24,12 @@ class StopScanner:
         if not self._stops:
             return text
         held = self._held + text
-        first = min(((held.find(s), s) for s in self._stops if s in held), default=None)
-        if first is not None:
-            self.stopped, self._held = first[1], ""
-            return held[: first[0]]
-        keep = max(self._overlap(held, s) for s in self._stops)
+        found = [(at + len(s), at, s) for s in self._stops if (at := held.find(s)) >= 0]
+        if found:
+            _, at, self.stopped = min(found)
+            self._held = ""
+            return held[:at]
+        keep = max(overlap(held, s) for s in self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
@@ -33,10 +38,10 @@ class StopScanner:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of ``text`` that begins ``stop``."""
-        for n in range(min(len(text), len(stop) - 1), 0, -1):
-            if text.endswith(stop[:n]):
-                return n
-        return 0
+
+def overlap(text: str, word: str) -> int:
+    """Length of the longest end of ``text`` that begins ``word`` without being all of it."""
+    for n in range(min(len(text), len(word) - 1), 0, -1):
+        if text.endswith(word[:n]):
+            return n
+    return 0

@@ -16,9 +16,10 @@ class EngineConfig:
     ``dtype="auto"``: on CPU the fastest that keeps quality (int4 for checkpoints that are stored in 4 bits,
     bfloat16 otherwise), bfloat16 on CUDA. ``kv_cache_bytes=None`` takes 2 GiB on CPU, capped at a quarter of
     the memory, and 80 % of what is free on CUDA. ``runner="stock"`` keeps the transformers modules (fallback
-    and oracle). ``max_batch_tokens`` bounds the tokens of one step (prefill is chunked to fit);
-    ``threads=None`` takes every core that this process may use. Raises ValueError naming the field and its
-    range."""
+    and oracle). ``deterministic`` makes logits, bit for bit, independent of which other requests are running
+    and of how a prompt is cut; the fused runner's always are, the stock runner pays by computing token by
+    token. ``max_batch_tokens`` bounds the tokens of one step (prefill is chunked to fit); ``threads=None``
+    takes every core that this process may use. Raises ValueError naming the field and its range."""
 
     model: str = "smollm2"
     dtype: DType = "auto"

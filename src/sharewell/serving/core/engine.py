@@ -59,6 +59,10 @@ class ResidentAdapters:
     def add(self, name: str, adapter: LoraAdapter) -> None:
         """Make ``adapter`` known as ``name``, replacing what was. Raises ValueError (rank, slots, name in
         use)."""
+        if not self._runner.takes_adapters:
+            raise ValueError(
+                f"adapter {name!r} cannot be used: this model is not Llama-, Qwen- or Mistral-like"
+            )
         if not self._pins:
             raise ValueError("max_adapters is 0: this engine takes no adapters")
         if adapter.rank > self._max_rank:

@@ -1,7 +1,7 @@
 """The engine's own process: reads requests from a socket, steps, writes what the steps produced.
 
-Started by :class:`~sharewell.serving.core.process.AsyncEngine` as ``python -m sharewell.serving.core.host
-FD``, or in a thread with the same socket. It ends when the socket closes, so it never outlives the process
+Started by :class:`~sharewell.serving.core.process.AsyncEngine` as ``python -m sharewell.serving.core.host FD
+CORES``, or in a thread with the same socket. It ends when the socket closes, so it never outlives the process
 that owns it, and sleeps while there is nothing to do. What takes long and is not a step (compiling a grammar,
 reading an adapter) is done by a helper thread. Frames are four bytes of length and msgpack:
 
@@ -35,7 +35,7 @@ import msgpack
 
 from ...simulation import WallClock
 from .config import EngineConfig
-from .cores import usable_cores
+from .cores import pin, usable_cores
 from .engine import EngineCore, QueueFull, Refused
 from .messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprob, TokenOutput, from_wire, to_wire
 
@@ -327,7 +327,8 @@ def serve(connection: socket.socket, *, own_process: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of the process: the socket's descriptor is the one argument."""
+    """Entry point of the process; arguments: the socket's descriptor, and the cores to stay on ("0,1")."""
+    pin([int(core) for core in sys.argv[2].split(",")])
     connection = socket.socket(fileno=int(sys.argv[1]))
     for number in (
         signal.SIGINT,
@@ -339,7 +340,9 @@ def main() -> None:
     logging.basicConfig(
         level=os.environ.get("SHAREWELL_LOG", "INFO").upper(), format="%(levelname)s engine: %(message)s"
     )
-    Path("/proc/self/comm").write_text("sharewell-eng") if Path("/proc/self/comm").exists() else None
+    name = Path("/proc/self/comm")
+    if name.exists():
+        name.write_text("sharewell-eng")
     serve(connection, own_process=True)
 
 

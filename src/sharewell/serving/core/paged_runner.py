@@ -14,9 +14,10 @@ from ...kv import PagedForward
 from ...models import (
     Checkpoint,
     FusedDecoder,
+    InterfaceDecoder,
     LoraAdapter,
     ModelConfig,
-    StockDecoder,
+    load_stock_decoder,
 )
 from .config import EngineConfig
 from .runner import StepBatch
@@ -84,9 +85,8 @@ class PagedRunner:
         self.revision = checkpoint.revision
         self.max_length = min(config.max_model_len or self.model.context_length, self.model.context_length)
         fused = self.choice.runner == "fused"
-        torch.set_num_threads(
-            1 if fused else threads
-        )  # the fused step brings its own threads; two teams would fight
+        # the fused step brings its own threads; two teams would fight
+        torch.set_num_threads(1 if fused else threads)
         adapters = config.max_adapters
         if fused:
             decoder = FusedDecoder(
@@ -99,13 +99,17 @@ class PagedRunner:
             )
         else:
             dtype = getattr(torch, self.choice.format)
-            decoder = StockDecoder.from_folder(folder, dtype, config.device, adapters)
+            decoder = load_stock_decoder(folder, dtype, config.device, adapters)
+            self.model = decoder.config
         size = torch.finfo(decoder.dtype).bits // 8
         block_bytes = 2 * self.model.n_layers * config.block_size * self.model.kv_width * size
         budget = config.kv_cache_bytes or memory_budget(config.device)
         self.num_blocks = config.num_blocks or max(2, budget // block_bytes)
         self.decoder = decoder
-        self._forward = PagedForward(decoder, self.num_blocks, config.block_size)
+        self.takes_adapters = not isinstance(decoder, InterfaceDecoder)
+        self._forward = PagedForward(
+            decoder, self.num_blocks, config.block_size, one_by_one=config.deterministic
+        )
         log.info(
             "%s weights on the %s runner (%s), %d threads",
             self.choice.format,

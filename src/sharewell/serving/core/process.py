@@ -20,7 +20,7 @@ from typing import Any
 
 from ...simulation import Clock, WallClock
 from .config import EngineConfig
-from .cores import CompetitionMonitor, thread_environment, usable_cores
+from .cores import CompetitionMonitor, CoreBudget, thread_environment, usable_cores
 from .engine import EngineCore, QueueFull, Refused
 from .host import (
     ADAPTER,
@@ -88,6 +88,13 @@ class AsyncEngine:
         in_process: bool,
     ) -> None:
         self.config = config
+        self.budget = CoreBudget.here(config.threads)
+        if self.budget.threads > usable_cores():
+            log.warning(
+                "%d threads will fight for %d cores: much slower than fewer threads",
+                self.budget.threads,
+                usable_cores(),
+            )
         self._builder, self._in_process, self._hang_timeout_s = builder, in_process, hang_timeout_s
         self._heard = True  # something came since the last look
         self._launched_s = 0.0
@@ -163,10 +170,12 @@ class AsyncEngine:
                 target=_serve_in_thread, args=(theirs,), name="sharewell-engine", daemon=True
             ).start()
         else:
-            self._process = _spawn_host(theirs, self.config.threads or usable_cores())
-            self._competition = CompetitionMonitor((os.getpid(), self._process.pid), self._clock)
+            self._process = _spawn_host(theirs, self.budget)
+            pids = (os.getpid(), self._process.pid)
+            self._competition = CompetitionMonitor(pids, self._clock, self.budget)
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        settings = dataclasses.asdict(self.config) | {"adapters": self._adapters}
+        settings = dataclasses.asdict(self.config)
+        settings |= {"adapters": self._adapters, "threads": self.budget.threads}
         self._writer.write(pack([settings, self._builder]))
         frames = Frames()
         first, *rest = await self._first_messages(reader, frames)
@@ -249,7 +258,8 @@ class AsyncEngine:
         while not self._closing:
             await self._clock.sleep_until(self._clock.monotonic() + interval)
             if self._competition is not None:
-                self._competition.sample()
+                if notice := self._competition.watch(working=bool(self._live)):
+                    log.warning(notice)
             if not self._ready.is_set() or self._lost is not None:
                 silent = 0
                 continue
@@ -369,6 +379,13 @@ class AsyncEngine:
             for index in sorted(live.unfinished):
                 live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="cancelled"))
 
+    def abandon(self) -> None:
+        """Refuse new requests, and end every stream under way with the error "engine_closed"."""
+        self._draining = True
+        for request_id in list(self._live):
+            self._write([CANCEL, request_id])
+            self._fail(request_id, "engine_closed")
+
     @property
     def live(self) -> int:
         """Requests under way."""
@@ -455,10 +472,11 @@ class AsyncEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _spawn_host(connection: socket.socket, threads: int) -> subprocess.Popen[bytes]:
+def _spawn_host(connection: socket.socket, budget: CoreBudget) -> subprocess.Popen[bytes]:
     """The engine's process with its end of the connection, which is closed here."""
-    command = [sys.executable, "-m", "sharewell.serving.core.host", str(connection.fileno())]
-    environment = {**os.environ, **thread_environment(threads)}
+    cores = ",".join(map(str, budget.engine))
+    command = [sys.executable, "-m", "sharewell.serving.core.host", str(connection.fileno()), cores]
+    environment = {**os.environ, **thread_environment(budget.threads)}
     with connection:
         return subprocess.Popen(
             command, pass_fds=[connection.fileno()], env=environment, stdin=subprocess.DEVNULL

@@ -36,6 +36,8 @@ class StepBatch:
 class Runner(Protocol):
     """Computes a step. Implementations: the paged runner (real model), and a cost model in the simulator."""
 
+    takes_adapters: bool  # False for models whose own code runs: load_adapter would raise
+
     def run(self, batch: StepBatch) -> torch.Tensor:
         """Logits float32 ``[R, vocab]`` of ``batch.logit_rows``; keys and values are written to the pool."""
         ...

@@ -13,6 +13,7 @@ _MASK = 2**64 - 1
 _STREAM = 0x5A17  # second word of the Philox key: keeps our draws apart from other users of the same seed
 _LANES = 64
 _CHUNK = 256
+_FLOORS = (*(np.float32(2.0**-i) for i in (3, 6, 9, 12, 16, 24, 48, 126)), np.float32(0))
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -82,14 +83,14 @@ def filtered(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np
         if params.top_p < 1:
             ids, p = _nucleus(ids, p, params.top_p * p.sum())
     elif params.top_p < 1:
-        mass = params.top_p * float(_chunks(_exponentials(logits, top, params.temperature)).sum())
-        k = 64
-        while True:
-            ids = leaders(logits, k)
+        e = _exponentials(logits, top, params.temperature)
+        mass = params.top_p * float(_chunks(e).sum())
+        ids = p = np.zeros(0)
+        for floor in _FLOORS:  # few candidates when few hold the mass
+            ids = (e[: len(logits)] >= floor).nonzero()[0] if floor else (logits > -np.inf).nonzero()[0]
             p = _weights(logits, ids, top, params.temperature)
-            if len(ids) < k or p.sum() >= mass:
+            if p.sum() >= mass:
                 break
-            k *= 8
         ids, p = _nucleus(ids, p, mass)
     else:
         floor = -np.inf
@@ -109,9 +110,12 @@ def _weights(logits: np.ndarray, ids: np.ndarray, top: float, temperature: float
 
 def _nucleus(ids: np.ndarray, p: np.ndarray, mass: float) -> tuple[np.ndarray, np.ndarray]:
     """The smallest set of heaviest weights that reaches ``mass``, ids ascending."""
-    order = np.argsort(-p, kind="stable")
-    before = np.cumsum(p[order]) - p[order]
-    chosen = np.sort(order[before < mass])
+    ordered = np.sort(p)[::-1]  # values only: many times faster than their order
+    kept = np.count_nonzero(np.cumsum(ordered) - ordered < mass)
+    border = ordered[kept - 1]
+    chosen = p > border
+    ties = (p == border).nonzero()[0]
+    chosen[ties[: kept - np.count_nonzero(chosen)]] = True
     return ids[chosen], p[chosen]
 
 
