@@ -45,6 +45,7 @@ COMMANDS = (
     LazyCommand("serve", "sharewell.serving.cli", "serve", "Serve a model to OpenAI clients.", "serving"),
     LazyCommand("keys", "sharewell.serving.cli", "keys_app", "Add, list and revoke API keys.", "serving"),
     LazyCommand("models", "sharewell.models.cli", "app", "Pull, list and export models.", "models"),
+    LazyCommand("ann", "sharewell.ann.cli", "app", "Nearest neighbours: build, query, bench.", "ann"),
     LazyCommand("bench", "sharewell.bench.cli", "bench", "Measure a system beside its baseline."),
     LazyCommand("systems", "sharewell.systems", "systems", "List the systems and the papers behind them."),
 )

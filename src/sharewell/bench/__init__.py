@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .machine import cpu_counters, environment, machine_load, usable_cores
     from .memory import PeakMemory
     from .progress import Progress, no_progress
-    from .report import Report, Row
+    from .report import PEER_NOT_INSTALLED, Report, Row
     from .timing import Sample, cpu_seconds, interleave, measure, median, spread, values
 
 # Public names and the file that has them: the bench imports nothing heavy until a name needs it.
@@ -23,6 +23,7 @@ _HOME = {
     "machine_load": "machine",
     "usable_cores": "machine",
     "PeakMemory": "memory",
+    "PEER_NOT_INSTALLED": "report",
     "Progress": "progress",
     "no_progress": "progress",
     "Report": "report",

@@ -1,0 +1,320 @@
+"""HNSW beside hnswlib, faiss and usearch: queries a second at equal recall, build, single queries, churn and
+filters.
+
+Vectors: clusters of unequal weight, and MiniLM embeddings of sentences from the documentation in Python's own
+library. One thread each, in turns, CPU seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sharewell.ann import HNSWConfig, HNSWIndex
+from sharewell.ann.base import Metric
+from sharewell.ann.curves import CONTENDERS, Contender, curves, query_seconds_at, recall_of, truth
+from sharewell.bench import PEER_NOT_INSTALLED, Progress, Report, Row, cpu_seconds, environment, median
+
+BARS = {"hnswlib": 1.5, "faiss": 1.3, "usearch": 2.0}
+K = 10
+
+
+def clustered(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
+    """Vectors around 300 centres whose weights fall as 1 / rank."""
+    centres = rng.standard_normal((300, dim))
+    weight = 1 / np.arange(1, 301)
+    which = rng.choice(300, n, p=weight / weight.sum())
+    return (centres[which] + 0.9 * rng.standard_normal((n, dim))).astype(np.float32)
+
+
+def sentences(most: int) -> list[str]:
+    """Different sentences of docstrings in Python's standard library, in the order of its files."""
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" in path.parts or "test" in path.parts:
+            continue
+        try:
+            tree = ast.parse(path.read_text("utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for part in (ast.get_docstring(node) or "").replace("\n", " ").split(". "):
+                    text = " ".join(part.split())
+                    if 20 <= len(text) <= 300:
+                        found[text] = None
+        if len(found) >= most:
+            break
+    return list(found)[:most]
+
+
+def embedded(most: int, progress: Progress) -> np.ndarray:
+    """MiniLM embeddings float32 ``[n, 384]`` of those sentences."""
+    from sharewell.models import load_embedder
+
+    texts, embedder, parts = sentences(most), load_embedder("minilm", 1), []
+    for first in range(0, len(texts), 256):
+        parts.append(embedder.embed(texts[first : first + 256]))
+        progress("embedding sentences", min(first + 256, len(texts)), len(texts))
+    return np.concatenate(parts)
+
+
+def spent(work: Callable[[], object]) -> float:
+    start = cpu_seconds()
+    work()
+    return cpu_seconds() - start
+
+
+def compare(
+    name: str, vectors: np.ndarray, queries: np.ndarray, metric: Metric, repeats: int, progress: Progress
+) -> tuple[list[Row], dict[str, Contender]]:
+    """Rows of one data set, and the built contenders."""
+    built: dict[str, Contender] = {}
+    seconds: dict[str, float] = {}
+    missing = [p for p, kind in CONTENDERS.items() if not kind.installed()]
+    for done, (peer, kind) in enumerate(CONTENDERS.items()):
+        progress(f"{name}: building", done, len(CONTENDERS))
+        if peer not in missing:
+            built[peer] = kind(vectors.shape[1], metric, 16, 200)
+            seconds[peer] = spent(lambda peer=peer: built[peer].build(vectors))
+    measured = curves(
+        list(built.values()), queries, truth(vectors, queries, K, metric), cpu_seconds, repeats=repeats
+    )
+    rows = []
+    for recall in (0.9, 0.95, 0.99):
+        ours = query_seconds_at(measured["sharewell"], recall)
+        for peer, bar in BARS.items():
+            if peer in missing:
+                rows.append(
+                    Row(
+                        f"{name}: queries at recall {recall}",
+                        1 / (ours or np.inf),
+                        None,
+                        "1/s",
+                        "higher",
+                        peer,
+                        note=PEER_NOT_INSTALLED,
+                    )
+                )
+                continue
+            theirs = query_seconds_at(measured[peer], recall)
+            if ours is None or theirs is None:
+                continue
+            rows.append(
+                Row(
+                    f"{name}: queries at recall {recall}",
+                    1 / ours,
+                    1 / theirs,
+                    "1/s",
+                    "higher",
+                    peer,
+                    claim=f"at least {bar} times {peer} at equal recall",
+                    target=bar,
+                )
+            )
+    for peer in ("hnswlib", "faiss", "usearch"):
+        if peer in missing:
+            continue
+        claim = (
+            {"claim": "at most 0.6 of hnswlib's CPU seconds", "target": 1 / 0.6} if peer == "hnswlib" else {}
+        )
+        rows.append(
+            Row(f"{name}: build", seconds["sharewell"], seconds[peer], "CPU s", "lower", peer, **claim)
+        )
+        rows.append(
+            Row(
+                f"{name}: memory",
+                built["sharewell"].nbytes() / 1e6,
+                built[peer].nbytes() / 1e6,
+                "MB",
+                "lower",
+                peer,
+            )
+        )
+    if "hnswlib" in built:
+        single: dict[str, list[float]] = {"sharewell": [], "hnswlib": []}
+        for _ in range(repeats):
+            for peer, times in single.items():
+                times.append(
+                    spent(lambda peer=peer: [built[peer].query(q[None], K, 64) for q in queries])
+                    / len(queries)
+                )
+        rows.append(
+            Row(
+                f"{name}: one query at a time, ef 64",
+                median(single["sharewell"]) * 1e6,
+                median(single["hnswlib"]) * 1e6,
+                "us",
+                "lower",
+                "hnswlib",
+                claim="at most 0.8 of hnswlib's time",
+                target=1 / 0.8,
+            )
+        )
+    return rows, built
+
+
+def churn(vectors: np.ndarray, queries: np.ndarray, rng: np.random.Generator) -> list[Row]:
+    """Recall after five rounds of removing 30 % and adding as many, beside a fresh build and beside
+    hnswlib.
+    """
+    n, dim = vectors.shape
+    index = HNSWIndex(HNSWConfig(dim, "l2", capacity=n, threads=1))
+    live = dict(zip(index.add(vectors).tolist(), vectors, strict=True))
+    peer = None
+    if CONTENDERS["hnswlib"].installed():
+        import hnswlib  # pyright: ignore[reportMissingImports]
+
+        peer = hnswlib.Index(space="l2", dim=dim)
+        peer.init_index(n, ef_construction=200, M=16, allow_replace_deleted=True)
+        peer.set_num_threads(1)
+        peer.add_items(vectors, np.arange(n))
+    for _ in range(5):
+        gone = rng.choice(list(live), int(0.3 * n), replace=False)
+        index.remove(gone)
+        fresh = clustered(len(gone), dim, rng)
+        labels = index.add(fresh)
+        if peer is not None:
+            for label in gone.tolist():
+                peer.mark_deleted(label)
+            peer.add_items(fresh, labels, replace_deleted=True)
+        for label in gone.tolist():
+            del live[label]
+        live |= dict(zip(labels.tolist(), fresh, strict=True))
+    index.compact()
+    names, rows = np.array(list(live)), np.array(list(live.values()))
+    true = names[truth(rows, queries, K, "l2")]
+    anew = HNSWIndex(HNSWConfig(dim, "l2", capacity=n, threads=1))
+    anew.add(rows, names)
+    ours = recall_of(index.search(queries, K, ef=64, strategy="graph").labels, true)
+    fresh_recall = recall_of(anew.search(queries, K, ef=64, strategy="graph").labels, true)
+    found = [
+        Row(
+            "churn: recall after five rounds",
+            ours,
+            fresh_recall,
+            "",
+            "higher",
+            "a fresh build",
+            claim="within 0.01 of a fresh build",
+            target=(fresh_recall - 0.01) / fresh_recall,
+        ),
+        Row(
+            "churn: unreachable after compact()", float(index.stats().unreachable), None, "", "lower", "none"
+        ),
+    ]
+    if peer is not None:
+        peer.set_ef(64)
+        theirs = recall_of(peer.knn_query(queries, K)[0].astype(np.int64), true)
+        found.append(
+            Row("churn: recall after five rounds", ours, theirs, "", "higher", "hnswlib, replace_deleted")
+        )
+    return found
+
+
+def filters(vectors: np.ndarray, queries: np.ndarray, ours: HNSWIndex, rng: np.random.Generator) -> list[Row]:
+    """Recall and time with a filter, beside hnswlib's callback and faiss's selector."""
+    rows = []
+    peers = {
+        p: CONTENDERS[p](vectors.shape[1], "l2", 16, 200)
+        for p in ("hnswlib", "faiss")
+        if CONTENDERS[p].installed()
+    }
+    for peer in peers.values():
+        peer.build(vectors)
+    for share in (0.5, 0.1, 0.01, 0.001):
+        allowed = np.sort(rng.choice(len(vectors), max(K, int(share * len(vectors))), replace=False))
+        true = allowed[truth(vectors[allowed], queries, K, "l2")]
+        found = ours.search(queries, K, ef=100, filter=allowed, threads=1)
+        seconds = spent(
+            lambda allowed=allowed: ours.search(queries, K, ef=100, filter=allowed, threads=1)
+        ) / len(queries)
+        rows.append(
+            Row(
+                f"filter {share:.1%}: recall ({found.strategy})",
+                recall_of(found.labels, true),
+                None,
+                "",
+                "higher",
+                "brute force",
+            )
+        )
+        if "hnswlib" in peers:
+            index, allowed_set = peers["hnswlib"].index, set(allowed.tolist())  # pyright: ignore[reportAttributeAccessIssue]
+            index.set_ef(100)
+
+            def callback() -> None:
+                try:
+                    index.knn_query(queries, K, filter=allowed_set.__contains__)  # noqa: B023
+                except RuntimeError:
+                    pass  # it found fewer than k
+
+            theirs = spent(callback) / len(queries)
+            claim = {"claim": "at least 5 times hnswlib's callback", "target": 5.0} if share == 0.1 else {}
+            rows.append(
+                Row(
+                    f"filter {share:.1%}: one query",
+                    seconds * 1e6,
+                    theirs * 1e6,
+                    "us",
+                    "lower",
+                    "hnswlib, callback",
+                    **claim,
+                )
+            )
+        if "faiss" in peers:
+            import faiss  # pyright: ignore[reportMissingImports]
+
+            settings = faiss.SearchParametersHNSW(sel=faiss.IDSelectorBatch(allowed), efSearch=100)
+            index = peers["faiss"].index  # pyright: ignore[reportAttributeAccessIssue]
+            theirs = spent(
+                lambda index=index, settings=settings: index.search(queries, K, params=settings)
+            ) / len(queries)
+            rows.append(
+                Row(
+                    f"filter {share:.1%}: one query",
+                    seconds * 1e6,
+                    theirs * 1e6,
+                    "us",
+                    "lower",
+                    "faiss, IDSelector",
+                )
+            )
+    return rows
+
+
+def run(scale: str, *, seed: int, progress: Progress) -> Report:
+    full, rng = scale == "full", np.random.default_rng(seed)
+    HNSWIndex(16, metric="l2").warmup()
+    HNSWIndex(16, metric="cosine").warmup()
+    rows: list[Row] = []
+    sizes = [(20_000, 128), (20_000, 384), (100_000, 96)] if full else [(2_500, 32)]
+    repeats = 5 if full else 2
+    for n, dim in sizes:
+        data = clustered(n + 500, dim, rng)
+        vectors, queries = data[500:], data[: 500 if full else 60]
+        found, _ = compare(f"{n // 1000}k x {dim}", vectors, queries, "l2", repeats, progress)
+        rows += found
+        if (n, dim) == sizes[0]:
+            index = HNSWIndex(HNSWConfig(dim, "l2", capacity=n, threads=1))
+            index.add(vectors)
+            rows += filters(vectors, queries[:100], index, rng)
+            progress("churn", 0, 1)
+            rows += churn(vectors, queries, rng)
+    if full:
+        data = embedded(21_000, progress)
+        order = rng.permutation(len(data))
+        found, _ = compare(
+            f"{(len(data) - 500) // 1000}k MiniLM sentences",
+            data[order[500:]],
+            data[order[:500]],
+            "cosine",
+            repeats,
+            progress,
+        )
+        rows += found
+    return Report("hnsw", scale, tuple(rows), environment(), seed)
