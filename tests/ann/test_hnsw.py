@@ -450,7 +450,8 @@ class Churn(RuleBasedStateMachine):
         names, rows = np.array(list(self.model)), np.array(list(self.model.values()))
         query = self.rng.standard_normal((1, 6)).astype(np.float32)
         k = min(3, len(names))
-        found = self.index.search(query, k, ef=len(names) + 50, strategy="graph")
+        ef = len(names) + self.index.stats().tombstones
+        found = self.index.search(query, k, ef=ef, strategy="graph")
         _, distances = brute(rows, query, k, self.metric)
         np.testing.assert_allclose(found.distances, distances, rtol=1e-4, atol=1e-5)
         assert set(found.labels[0].tolist()) <= set(names.tolist())

@@ -137,6 +137,15 @@ def descend(g, metric, query, norm, entry, distance, layer):
 
 
 @njit(nogil=True, cache=True)
+def _insert_sorted(distances, nodes, n, distance, node):
+    at = n
+    while at > 0 and distances[at - 1] > distance:
+        distances[at], nodes[at] = distances[at - 1], nodes[at - 1]
+        at -= 1
+    distances[at], nodes[at] = distance, node
+
+
+@njit(nogil=True, cache=True)
 def search_layer(g, metric, query, norm, entry, distance, ef, layer, s):
     """The ``ef`` nearest found nodes of a layer, ascending, in ``s.distance`` and ``s.node``; how many.
 
@@ -156,6 +165,12 @@ def search_layer(g, metric, query, norm, entry, distance, ef, layer, s):
     found_d[0], found[0] = distance, entry
     visited[np.uint64(entry)] = tag
     n, cursor = 1, 0
+    gate = g.meta[ENTRY]
+    if layer == 0 and ef > 1 and gate != entry:
+        # every node can be reached from here, which need not be so from where the upper layers led
+        _insert_sorted(found_d, found, 1, _distance(g, metric, gate, query, norm), gate)
+        visited[np.uint64(gate)] = tag
+        n = 2
     while cursor < n:
         node = found[cursor]
         if node < 0:
@@ -219,15 +234,6 @@ def _choose(g, metric, distances, nodes, n, most, out, room):
             out[kept] = node
             kept += 1
     return kept
-
-
-@njit(nogil=True, cache=True)
-def _insert_sorted(distances, nodes, n, distance, node):
-    at = n
-    while at > 0 and distances[at - 1] > distance:
-        distances[at], nodes[at] = distances[at - 1], nodes[at - 1]
-        at -= 1
-    distances[at], nodes[at] = distance, node
 
 
 @njit(nogil=True, cache=True)
