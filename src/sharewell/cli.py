@@ -46,6 +46,18 @@ COMMANDS = (
     LazyCommand("keys", "sharewell.serving.cli", "keys_app", "Add, list and revoke API keys.", "serving"),
     LazyCommand("models", "sharewell.models.cli", "app", "Pull, list and export models.", "models"),
     LazyCommand("ann", "sharewell.ann.cli", "app", "Nearest neighbours: build, query, bench.", "ann"),
+    LazyCommand(
+        "waterfill", "sharewell.allocation.cli", "waterfill", "Share a budget over channels.", "allocation"
+    ),
+    LazyCommand(
+        "auction", "sharewell.allocation.cli", "auction_app", "Place requests on machines.", "allocation"
+    ),
+    LazyCommand(
+        "grank", "sharewell.allocation.cli", "grank_app", "Rank by the clicks of peers.", "allocation"
+    ),
+    LazyCommand("qtc", "sharewell.coding.cli", "qtc_app", "Compress text without loss.", "coding"),
+    LazyCommand("mec", "sharewell.coding.cli", "mec_app", "Couple distributions, hide messages.", "coding"),
+    LazyCommand("gemm", "sharewell.kernels.cli", "app", "Products on a fixed workspace.", "kernels"),
     LazyCommand("bench", "sharewell.bench.cli", "bench", "Measure a system beside its baseline."),
     LazyCommand("systems", "sharewell.systems", "systems", "List the systems and the papers behind them."),
 )

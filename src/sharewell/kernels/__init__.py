@@ -1,17 +1,60 @@
 """Compute kernels that need no compiler on the user's machine, each tested against a plain twin."""
 
-from .packing import (
-    FORMATS,
-    GROUP,
-    PAD,
-    PackedMatrix,
-    pack_dense,
-    pack_int4,
-    pack_int8,
-    quantize_int4,
-    quantize_int8,
-    unpack,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .aie_model import AieModel, AieReport, board_timings
+    from .aie_streams import StreamShape, simulate_streams
+    from .packing import (
+        FORMATS,
+        GROUP,
+        PAD,
+        PackedMatrix,
+        pack_dense,
+        pack_int4,
+        pack_int8,
+        quantize_int4,
+        quantize_int8,
+        unpack,
+    )
+    from .temporal_gemm import GemmStats, TemporalGemm, measure_rates
+    from .temporal_linear import TemporalLinear
+    from .temporal_operands import Fetch, open_safetensors
+    from .temporal_plan import GemmPlan, MachineRates, TemporalGemmConfig, WorkspaceTooSmall
+    from .temporal_resume import ResumeError
+
+_HOME = {
+    "AieModel": "aie_model",
+    "AieReport": "aie_model",
+    "FORMATS": "packing",
+    "Fetch": "temporal_operands",
+    "GROUP": "packing",
+    "GemmPlan": "temporal_plan",
+    "GemmStats": "temporal_gemm",
+    "MachineRates": "temporal_plan",
+    "PAD": "packing",
+    "PackedMatrix": "packing",
+    "ResumeError": "temporal_resume",
+    "StreamShape": "aie_streams",
+    "TemporalGemm": "temporal_gemm",
+    "TemporalGemmConfig": "temporal_plan",
+    "TemporalLinear": "temporal_linear",
+    "WorkspaceTooSmall": "temporal_plan",
+    "board_timings": "aie_model",
+    "measure_rates": "temporal_gemm",
+    "open_safetensors": "temporal_operands",
+    "pack_dense": "packing",
+    "pack_int4": "packing",
+    "pack_int8": "packing",
+    "quantize_int4": "packing",
+    "quantize_int8": "packing",
+    "simulate_streams": "aie_streams",
+    "unpack": "packing",
+}
+__all__ = sorted([*_HOME, "available"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def available() -> bool:
@@ -21,16 +64,7 @@ def available() -> bool:
     return simd_available()
 
 
-__all__ = [
-    "FORMATS",
-    "GROUP",
-    "PAD",
-    "PackedMatrix",
-    "available",
-    "pack_dense",
-    "pack_int4",
-    "pack_int8",
-    "quantize_int4",
-    "quantize_int8",
-    "unpack",
-]
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
