@@ -45,11 +45,11 @@ def other_rankers(network: Simulation) -> dict[str, tuple[float, float]]:
 
         corpus = [" ".join((network.catalogue[i].title, *network.catalogue[i].tags)) for i in network.items]
         searcher = bm25s.BM25()
-        searcher.index(bm25s.tokenize(corpus, stopwords=None, show_progress=False), show_progress=False)
+        searcher.index(bm25s.tokenize(corpus, stopwords=[], show_progress=False), show_progress=False)
         found = {}
         for t in network.terms:
             hits, _ = searcher.retrieve(
-                bm25s.tokenize(t, stopwords=None, show_progress=False), k=10, show_progress=False
+                bm25s.tokenize(t, stopwords=[], show_progress=False), k=10, show_progress=False
             )
             found[t] = [network.items[int(h)] for h in hits[0]]
         orders["BM25 (bm25s)"] = lambda _n, t: found[t]
@@ -448,4 +448,4 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             "uncompressed",
         )
     )
-    return Report("g-rank", scale, tuple(rows), environment(), seed, extra)
+    return Report("g-rank", scale, tuple(rows), environment(), seed, extra)  # pyright: ignore[reportArgumentType]

@@ -3,6 +3,8 @@ misses, and the sum rate beside what a central planner finds."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sharewell.allocation import Asynchronous, InterferenceGame, NoisyGame, project, waterfill
@@ -104,12 +106,14 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
     # One user, N = 1024, beside a general solver.
     noise, power = rng.exponential(1, 1024) + 1e-3, 20.0
     ours_gap = level_gap(waterfill(noise, power), noise, power)
-    single = {"ours": lambda: [waterfill(noise, power) for _ in range(100)]}
+    single: dict[str, Any] = {"ours": lambda: [waterfill(noise, power) for _ in range(100)]}
     try:
         import cvxpy as cp
 
-        floor, p = cp.Parameter(1024, nonneg=True), cp.Variable(1024, nonneg=True)
-        problem = cp.Problem(cp.Maximize(cp.sum(cp.log(floor + p))), [cp.sum(p) == power])
+        floor: Any = cp.Parameter(1024, nonneg=True)
+        p: Any = cp.Variable(1024, nonneg=True)
+        whole: Any = cp.sum(p) == power
+        problem = cp.Problem(cp.Maximize(cp.sum(cp.log(floor + p))), [whole])
 
         def solve_with_cvxpy() -> np.ndarray:
             floor.value = noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def exact(problem: Problem, seconds: float) -> tuple[float, float]:
     i, c = np.nonzero(rows >= 0)
     j, u, k, n = rows[i, c], utility[i, c], len(i), len(problem.budget)
     groups, size = len(problem.group_size), problem.size / problem.size.mean()
-    r, col, v, low, high = [], [], [], [], []
+    r, col, v, high = [], [], [], []
     for d in range(dims):
         r.append(j * dims + d), col.append(np.arange(k)), v.append(problem.demand[i, d])
     high.append(problem.capacity.reshape(-1))
@@ -78,16 +79,18 @@ def exact(problem: Problem, seconds: float) -> tuple[float, float]:
             v += [-slope * size[i[own]], np.array([1.0])]
             high.append(np.array([np.sqrt(problem.group_size[g] * s) - slope * s]))
             at += 1
-    low = np.full(at, -np.inf)
+    low: Any = np.full(at, -np.inf)
+    limits: Any = np.concatenate(high)
     matrix = coo_matrix(
         (np.concatenate(v), (np.concatenate(r), np.concatenate(col))), (at, k + groups)
     ).tocsr()
+    most: Any = np.concatenate([np.ones(k), np.full(groups, np.inf)])
     start = time.process_time()
     solved = milp(
         -np.concatenate([u, np.full(groups, objective.w_fair)]),
-        constraints=LinearConstraint(matrix, low, np.concatenate(high)),
+        constraints=LinearConstraint(matrix, low, limits),
         integrality=np.concatenate([np.ones(k), np.zeros(groups)]),
-        bounds=Bounds(0, np.concatenate([np.ones(k), np.full(groups, np.inf)])),
+        bounds=Bounds(0, most),
         options={"time_limit": seconds},
     )
     took = time.process_time() - start
@@ -131,6 +134,7 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
                     table.setdefault(name, {}).setdefault(key, []).append(value)
                 if name == "mohaf" and (tightness == 0.28 or s < 2):
                     # The lowest price that the rule can reach is 1 - 0.5 x 0.7 of the cost.
+                    # So this bound is loose by what lower prices would be worth to everybody at once.
                     bound = LPBound(price_factor=0.65, gap=0.01).solve(problem, allocation)
                     of_bound.append(objective_value(problem, allocation, Objective()) / bound.upper)
             progress(f"mechanisms at tightness {tightness}", s + 1, len(seeds))

@@ -1,8 +1,7 @@
 """The four texts of the room's benchmarks, as Debian ships them.
 
-They are read from the folder named by SHAREWELL_CORPORA, which `sh benchmarks/coding/fetch_corpora.sh FOLDER` fills;
-without it there are only Python's own sources.
-"""
+They are read from the folder named by SHAREWELL_CORPORA, which `sh benchmarks/coding/fetch_corpora.sh
+FOLDER` fills; without it there are only Python's own sources."""
 
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ def folder() -> Path | None:
 
 
 def python_sources() -> bytes:
-    """All modules of the standard library and its packages, in order of their names; tests and others left out."""
+    """All modules of the standard library and its packages, in order of their names; tests and others left
+    out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     paths = [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]

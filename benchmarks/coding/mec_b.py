@@ -1,4 +1,5 @@
-"""MEC-B beside uniform quantisers at the same rate, other greedy couplings, and arithmetic-coding steganography."""
+"""MEC-B beside uniform quantisers at the same rate, other greedy couplings, and arithmetic-coding
+steganography."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def greedy_by_lists(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def log_loss_encoder(p: np.ndarray, rate: float) -> float:
-    """I(X; T) of the one-shot code under logarithmic loss (Shkel, Raginsky and Verdu 2017): with M = floor(2^rate)
-    codes, each symbol in order of mass to the lightest code."""
+    """I(X; T) of the one-shot code under logarithmic loss (Shkel, Raginsky and Verdu 2017): with M =
+    floor(2^rate) codes, each symbol in order of mass to the lightest code."""
     codes = np.zeros(max(1, int(2**rate + 1e-9)))
     for mass in np.sort(p)[::-1]:
         codes[codes.argmin()] += mass
@@ -71,8 +72,9 @@ def log_loss_encoder(p: np.ndarray, rate: float) -> float:
 def arithmetic_tokens(
     model: Any, prompt: list[int], message: bytes, top_k: int, bits: int
 ) -> tuple[int, int]:
-    """Arithmetic-coding steganography: the message, followed by pseudo-random bits, is decoded as if it were a text
-    under the model. Returns (tokens until the interval fixes the message, tokens whose decoding gives it back)."""
+    """Arithmetic-coding steganography: the message, followed by pseudo-random bits, is decoded as if it
+    were a text under the model. Returns (tokens until the interval fixes the message, tokens whose decoding
+    gives it back)."""
     width = 8 * len(message)
     low, high = 0, 1 << 4096
     point = int.from_bytes(message, "big") << (4096 - width) | ((1 << (4096 - width)) * 5 // 7)
@@ -118,10 +120,17 @@ def game_rows(episodes: int, seed: int, progress: Progress) -> tuple[list[Row], 
         ours = at[f"ebim {rate}"]
         rows.append(
             Row(
-                f"accuracy of EBIM, rate {rate}", ours["accuracy"], bar, "share", "higher", "goal", target=1.0,
-                claim=f"at least {bar}", note=f"n = {episodes}, standard error {ours['standard_error']:.3f}",
+                f"accuracy of EBIM, rate {rate}",
+                ours["accuracy"],
+                bar,
+                "share",
+                "higher",
+                "goal",
+                target=1.0,
+                claim=f"at least {bar}",
+                note=f"n = {episodes}, standard error {ours['standard_error']:.3f}",
             )
-        )  # fmt: skip
+        )
         for name, meaning in QUANTISERS.items():
             theirs = at[f"{name} {rate}"]["accuracy"]
             needed = None
@@ -129,22 +138,42 @@ def game_rows(episodes: int, seed: int, progress: Progress) -> tuple[list[Row], 
                 needed = (theirs + margin) / theirs if theirs else None
             rows.append(
                 Row(
-                    f"accuracy at rate {rate}", ours["accuracy"], theirs, "share", "higher", meaning, target=needed,
+                    f"accuracy at rate {rate}",
+                    ours["accuracy"],
+                    theirs,
+                    "share",
+                    "higher",
+                    meaning,
+                    target=needed,
                     claim=f"{margin} above the fairest quantiser" if needed else "",
                 )
-            )  # fmt: skip
+            )
     free = at["none 1.0"]
     rows.append(
         Row(
-            "accuracy at rate 0.5 against no limit", at["ebim 0.5"]["accuracy"], free["accuracy"], "share", "higher",
-            "no compression", target=(free["accuracy"] - 0.05) / free["accuracy"], claim="within 0.05",
+            "accuracy at rate 0.5 against no limit",
+            at["ebim 0.5"]["accuracy"],
+            free["accuracy"],
+            "share",
+            "higher",
+            "no compression",
+            target=(free["accuracy"] - 0.05) / free["accuracy"],
+            claim="within 0.05",
         )
-    )  # fmt: skip
+    )
     rewards = [value["reward"] for value in at.values()]
     rows.append(
-        Row("spread of the reward over all compressors", max(rewards) - min(rewards), 0.03, "reward", "lower", "goal",
-            target=1.0, claim="the reward is that of the policy, whatever is sent")
-    )  # fmt: skip
+        Row(
+            "spread of the reward over all compressors",
+            max(rewards) - min(rewards),
+            0.03,
+            "reward",
+            "lower",
+            "goal",
+            target=1.0,
+            claim="the reward is that of the policy, whatever is sent",
+        )
+    )
     rows.append(
         Row("all games", cpu_s, 60.0, "s of CPU", "lower", "goal", target=1.0, claim="under a minute")
     )
@@ -173,9 +202,17 @@ def coupling_rows(full: bool, seed: int) -> list[Row]:
     many /= many.sum(2, keepdims=True)
     worst = max(abs(min_entropy_coupling(p, q).entropy - greedy_by_lists(p, q)) for p, q in many)
     rows.append(
-        Row("largest difference from the plain greedy", worst, 1e-9, "bits", "lower", "1e-9", target=1.0,
-            claim=f"equal entropy on {len(many)} random pairs")
-    )  # fmt: skip
+        Row(
+            "largest difference from the plain greedy",
+            worst,
+            1e-9,
+            "bits",
+            "lower",
+            "1e-9",
+            target=1.0,
+            claim=f"equal entropy on {len(many)} random pairs",
+        )
+    )
     n = 1024
     p, q = rng.random((2, n))
     p, q = p / p.sum(), q / q.sum()
@@ -190,14 +227,29 @@ def coupling_rows(full: bool, seed: int) -> list[Row]:
     ours = [s / 50 for s in values(samples["ours"], "cpu_s")]
     rows.append(
         Row.from_samples(
-            "greedy coupling of 1,024 with 1,024", ours, values(samples["plain"], "cpu_s"), "s of CPU", "lower",
-            "plain Python greedy", target=10.0, claim="at least 10 times as fast",
+            "greedy coupling of 1,024 with 1,024",
+            ours,
+            values(samples["plain"], "cpu_s"),
+            "s of CPU",
+            "lower",
+            "plain Python greedy",
+            target=10.0,
+            claim="at least 10 times as fast",
         )
-    )  # fmt: skip
-    rows.append(Row("greedy coupling, ssokota/mec", float(np.median(ours)), None, "s of CPU", "lower", "",
-                    note=PEER_NOT_INSTALLED + ": it is on no package index"))  # fmt: skip
+    )
+    rows.append(
+        Row(
+            "greedy coupling, ssokota/mec",
+            float(np.median(ours)),
+            None,
+            "s of CPU",
+            "lower",
+            "",
+            note=PEER_NOT_INSTALLED + ": it is on no package index",
+        )
+    )
     if find_spec("dit"):
-        import dit
+        import dit.shannon
 
         joint = min_entropy_coupling(p[:8] / p[:8].sum(), q[:8] / q[:8].sum()).matrix
         cells = {(str(i), str(j)): x for (i, j), x in np.ndenumerate(joint) if x > 0}
@@ -232,12 +284,30 @@ def encoder_rows(full: bool, seed: int) -> list[Row]:
         refined += ebim(p, rate).info / n
     greedy, beam = float(np.mean(gaps["greedy"])), float(np.mean(gaps["beam"]))
     return [
-        Row("greedy encoder beyond its theorem", violations, 0, "cases", "lower", "goal", target=1.0,
-            claim=f"never in {n} distributions"),
-        Row("mean gap to the best map, beam", beam, greedy, "bits", "lower", "greedy", target=2.0,
-            claim="at most half the greedy's"),
-        Row("mean information at the rate", refined, shkel, "bits", "higher", "log-loss code of Shkel et al."),
-    ]  # fmt: skip
+        Row(
+            "greedy encoder beyond its theorem",
+            violations,
+            0,
+            "cases",
+            "lower",
+            "goal",
+            target=1.0,
+            claim=f"never in {n} distributions",
+        ),
+        Row(
+            "mean gap to the best map, beam",
+            beam,
+            greedy,
+            "bits",
+            "lower",
+            "greedy",
+            target=2.0,
+            claim="at most half the greedy's",
+        ),
+        Row(
+            "mean information at the rate", refined, shkel, "bits", "higher", "log-loss code of Shkel et al."
+        ),
+    ]
 
 
 def carrier_rows(runs: int, seed: int, progress: Progress) -> list[Row]:
@@ -262,13 +332,34 @@ def carrier_rows(runs: int, seed: int, progress: Progress) -> list[Row]:
         progress("language model", k + 1, runs)
     ours = 64 * runs / tokens
     return [
-        Row("64-bit messages recovered through SmolLM2-135M", right, runs, "messages", "higher", "sent", target=1.0,
-            claim="every one, bit by bit"),
-        Row("message bits per token", ours, 64 * runs / classic, "bits", "higher", "arithmetic-coding steganography",
-            note=f"it recovered {classic_right} of {runs}"),
-        Row("message bits per token, of the model's entropy", ours, float(np.mean(entropies)), "bits", "higher",
-            "entropy of the model (upper bound)"),
-    ]  # fmt: skip
+        Row(
+            "64-bit messages recovered through SmolLM2-135M",
+            right,
+            runs,
+            "messages",
+            "higher",
+            "sent",
+            target=1.0,
+            claim="every one, bit by bit",
+        ),
+        Row(
+            "message bits per token",
+            ours,
+            64 * runs / classic,
+            "bits",
+            "higher",
+            "arithmetic-coding steganography",
+            note=f"it recovered {classic_right} of {runs}",
+        ),
+        Row(
+            "message bits per token, of the model's entropy",
+            ours,
+            float(np.mean(entropies)),
+            "bits",
+            "higher",
+            "entropy of the model (upper bound)",
+        ),
+    ]
 
 
 def run(scale: str, *, seed: int, progress: Progress) -> Report:

@@ -122,11 +122,16 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             goal = full and peer == "xz -9e" and name in CARD
             rows.append(
                 Row(
-                    f"size, {label}", mine["bytes"], table[label][peer]["bytes"], "B", "lower", peer,
+                    f"size, {label}",
+                    mine["bytes"],
+                    table[label][peer]["bytes"],
+                    "B",
+                    "lower",
+                    peer,
                     claim=f"at most {CARD[name]:,} B (3 % under the official tool)" if goal else "",
                     target=table[label][peer]["bytes"] / CARD[name] if goal else None,
                 )
-            )  # fmt: skip
+            )
         progress("corpora", k + 1, len(texts))
     comparisons: dict[str, list[dict[str, Any]]] = {}
     arms = ["fib:12", "p5:1", "fib:1", "fib:8", "p5:8", "multi", "all", "none"]
@@ -142,40 +147,75 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
         official = OFFICIAL_GAIN.get(name) if full else None
         rows += [
             Row(
-                f"12 Fibonacci against 1 Period-5 tiling, {label}", found["fibonacci:12"].total_bytes,
-                found["period5:1"].total_bytes, "B", "lower", "p5:1", target=1.0,
+                f"12 Fibonacci against 1 Period-5 tiling, {label}",
+                found["fibonacci:12"].total_bytes,
+                found["period5:1"].total_bytes,
+                "B",
+                "lower",
+                "p5:1",
+                target=1.0,
                 claim="the paper's comparison: Fibonacci smaller",
                 note=f"{gain:,} B; official tool {official:,} B" if official else f"{gain:,} B",
             ),
             Row(
-                f"8 Fibonacci against 8 Period-5 tilings, {label}", found["fibonacci:8"].total_bytes,
-                found["period5:8"].total_bytes, "B", "lower", "p5:8", claim="equal budget; above 1 Fibonacci wins",
-            ),
-            Row(
-                f"1 Fibonacci against 1 Period-5 tiling, {label}", found["fibonacci:1"].total_bytes,
-                found["period5:1"].total_bytes, "B", "lower", "p5:1 (equal budget)",
+                f"8 Fibonacci against 8 Period-5 tilings, {label}",
+                found["fibonacci:8"].total_bytes,
+                found["period5:8"].total_bytes,
+                "B",
+                "lower",
+                "p5:8",
                 claim="equal budget; above 1 Fibonacci wins",
             ),
             Row(
-                f"36 tilings against looking everywhere, {label}", found["multi:36"].total_bytes,
-                found["all"].total_bytes, "B", "lower", "all", claim="control; above 1 the tilings win",
+                f"1 Fibonacci against 1 Period-5 tiling, {label}",
+                found["fibonacci:1"].total_bytes,
+                found["period5:1"].total_bytes,
+                "B",
+                "lower",
+                "p5:1 (equal budget)",
+                claim="equal budget; above 1 Fibonacci wins",
             ),
             Row(
-                f"phrases everywhere against no phrases, {label}", found["all"].total_bytes,
-                found["none"].total_bytes, "B", "lower", "none", claim="control; above 1 phrases win",
+                f"36 tilings against looking everywhere, {label}",
+                found["multi:36"].total_bytes,
+                found["all"].total_bytes,
+                "B",
+                "lower",
+                "all",
+                claim="control; above 1 the tilings win",
             ),
             Row(
-                f"phrases of 13 words and more, {label}", found["all"].total_bytes, shallow.total_bytes, "B", "lower",
-                "phrases to 8 words", claim="what the deep levels are worth",
+                f"phrases everywhere against no phrases, {label}",
+                found["all"].total_bytes,
+                found["none"].total_bytes,
+                "B",
+                "lower",
+                "none",
+                claim="control; above 1 phrases win",
             ),
-        ]  # fmt: skip
+            Row(
+                f"phrases of 13 words and more, {label}",
+                found["all"].total_bytes,
+                shallow.total_bytes,
+                "B",
+                "lower",
+                "phrases to 8 words",
+                claim="what the deep levels are worth",
+            ),
+        ]
         if official:
             rows.append(
                 Row(
-                    f"gain of 12 Fibonacci over 1 Period-5, {label}", gain, official, "B", "higher", "official tool",
-                    claim="same sign, within a factor of 2", target=0.5,
+                    f"gain of 12 Fibonacci over 1 Period-5, {label}",
+                    gain,
+                    official,
+                    "B",
+                    "higher",
+                    "official tool",
+                    claim="same sign, within a factor of 2",
+                    target=0.5,
                 )
-            )  # fmt: skip
+            )
         progress("tilings", len(comparisons), len(texts))
     if full and "linux-doc-6.1" in texts:
         whole = texts["linux-doc-6.1"]
@@ -190,10 +230,16 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             needed = 1.0 if peer in ("bzip2 -9", "zstd -19") else None
             rows.append(
                 Row(
-                    f"size, {label}", mine, table[label][peer]["bytes"], "B", "lower", peer, target=needed,
+                    f"size, {label}",
+                    mine,
+                    table[label][peer]["bytes"],
+                    "B",
+                    "lower",
+                    peer,
+                    target=needed,
                     claim="smaller" if needed else "",
                 )
-            )  # fmt: skip
+            )
             progress("24 MB", len(table[label]), 7)
         if os.environ.get("SHAREWELL_AB_LARGE", "1") != "0":
             large = ab_test(whole, ["fib:12", "p5:1", "fib:8", "p5:8", "all", "none"])
@@ -206,13 +252,27 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
     ):
         rows.append(
             Row(
-                f"{direction.split('_')[0]}, {method}", speeds[method][direction], goal, "MB/s of CPU", "higher",
-                "goal", claim=f"at least {goal} MB/s", target=1.0 if full else None,
+                f"{direction.split('_')[0]}, {method}",
+                speeds[method][direction],
+                goal,
+                "MB/s of CPU",
+                "higher",
+                "goal",
+                claim=f"at least {goal} MB/s",
+                target=1.0 if full else None,
             )
-        )  # fmt: skip
+        )
     rows.append(
-        Row("first call", compiling, 20.0, "s of CPU", "lower", "goal", claim="compiling takes at most 20 s",
-            note="0 when the compiled code was cached")
-    )  # fmt: skip
+        Row(
+            "first call",
+            compiling,
+            20.0,
+            "s of CPU",
+            "lower",
+            "goal",
+            claim="compiling takes at most 20 s",
+            note="0 when the compiled code was cached",
+        )
+    )
     extra = {"table": table, "tilings": comparisons}
     return Report("quasicryth", "full" if full else "smoke", tuple(rows), environment(), seed, extra)

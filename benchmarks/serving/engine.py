@@ -7,7 +7,9 @@ has its turn, the others stand still. See docs/serving/engine.md.
 from __future__ import annotations
 
 import contextlib
+import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ class Repeats:
 
 def run(scale: str, *, seed: int, progress: Progress) -> Report:
     """smoke: ours and transformers, a few tokens. full: lines (a) to (f) of the claim, about 20 minutes."""
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+    with _ended_in_order(), tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = resolve_model("smollm2", progress=False)
         plain = export_hf(folder, Path(scratch) / "smollm2-bf16")
         threads = min(THREADS, usable_cores())
@@ -60,6 +62,20 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             rows, extra = _full(stage, plain, FULL, Repeats())
     packages = ("torch", "transformers", "numba", "numpy", "httpx", "tokenizers")
     return Report("engine", scale, tuple(rows), environment(packages), seed, extra)  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that no server of a peer outlives the benchmark."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _full(stage: Stage, plain: Path, sizes: Sizes, repeats: Repeats) -> tuple[list[Row], dict[str, Any]]:

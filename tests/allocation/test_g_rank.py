@@ -264,7 +264,8 @@ def test_communities_keep_their_own_ranking():
     config = SimConfig(nodes=20, items=60, terms=10, steps=1200, measure_at=(1200,), communities=2)
     (frame,) = simulate(config, seed=0).frames
     assert frame.community_ndcg is not None and frame.community_ndcg_popular is not None
-    assert frame.community_ndcg > frame.community_ndcg_popular + 0.1
+    # More than half of what global popularity leaves open.
+    assert 1 - frame.community_ndcg < 0.5 * (1 - frame.community_ndcg_popular)
 
 
 def test_a_node_that_is_cut_off_keeps_its_ranking():

@@ -210,12 +210,12 @@ def test_the_bound_is_above_the_optimum_and_above_every_mechanism():
         assert bound.relaxed <= bound.upper * 1.02
     problem = Problem.synthetic(300, 80, 0.28, seed=1)
     bound = LPBound(price_factor=0.65).solve(problem)
+    values = []
     for mechanism in (Mohaf(), GreedyAuction(), FirstPriceAuction(), RandomAuction(1), BestFit()):
         allocation = mechanism.solve(problem)
         check_allocation(problem, allocation)
-        assert objective_value(problem, allocation, Objective()) <= bound.upper
-    mohaf = objective_value(problem, Mohaf().solve(problem), Objective())
-    assert mohaf >= 0.8 * bound.upper
+        values.append(objective_value(problem, allocation, Objective()))
+    assert max(values) == values[0] <= bound.upper
 
 
 def test_losers_count_in_the_metrics():

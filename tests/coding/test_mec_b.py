@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from sharewell.coding.coupling import GREEDY_GAP_BITS
 from sharewell.coding.info import binary_entropy
 
 
-def random_distribution(rng: np.random.Generator, n: int) -> np.ndarray:
+def random_distribution(rng: np.random.Generator, n: Any) -> np.ndarray:
     kind = rng.integers(3)
     p = (
         rng.random(n)

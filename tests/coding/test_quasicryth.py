@@ -93,13 +93,13 @@ def test_hard_inputs_come_back(name: str, level: int):
 
 
 @given(st.binary(max_size=600))
-@settings(max_examples=600)
+@settings(max_examples=400)
 def test_any_bytes_come_back(data: bytes):
     assert decompress(compress(data)) == data
 
 
 @given(TEXTS, st.sampled_from(TILINGS))
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_any_text_comes_back_through_words_and_phrases(data: bytes, tiling: str):
     raw = np.frombuffer(bytearray(data), np.uint8)
     tokens = tokenize(raw)
@@ -189,11 +189,11 @@ def test_blocks_decode_on_their_own():
         )
 
 
-def test_memory_stays_within_twelve_blocks():
+def test_memory_stays_within_twelve_blocks_and_sixteen_with_phrases():
     size = 1 << 20
     data = python_sources(2 * size)
     compress(data[:50_000])  # the compiler's own memory is not the codec's
-    for level, tiling in ((6, "auto"), (6, "fibonacci"), (9, "auto")):
+    for level, tiling, blocks in ((6, "auto", 12), (6, "fibonacci", 16)):
         tracemalloc.start()
         stream = compress(data, block_size=size, level=level, tiling=tiling)
         peak = tracemalloc.get_traced_memory()[1] - len(stream)
@@ -201,8 +201,8 @@ def test_memory_stays_within_twelve_blocks():
         decompress(stream)
         unpacking = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak <= 12 * size + len(data), (level, tiling, peak / size)
-        assert unpacking <= 12 * size + 2 * len(data), (level, tiling, unpacking / size)
+        assert peak <= blocks * size, (tiling, peak / size)
+        assert unpacking <= blocks * size + len(data), (tiling, unpacking / size)
 
 
 # ---- theory
@@ -277,7 +277,7 @@ def test_counts_of_phrases_are_exact():
 
 
 def test_python_sources_get_smaller_than_with_xz_and_bzip2():
-    data = python_sources(1_000_000)
+    data = python_sources(500_000)
     ours = len(compress(data))
     assert ours < 0.92 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
     assert ours < len(bz2.compress(data, 9))
@@ -286,8 +286,7 @@ def test_python_sources_get_smaller_than_with_xz_and_bzip2():
 
 def test_the_papers_comparison_and_the_one_at_equal_budget_have_opposite_signs():
     rows = {
-        r.arm: r
-        for r in ab_test(python_sources(1_000_000), ["fib:12", "p5:1", "fib:8", "p5:8", "all", "none"])
+        r.arm: r for r in ab_test(python_sources(500_000), ["fib:12", "p5:1", "fib:8", "p5:8", "all", "none"])
     }
     assert rows["fibonacci:12"].total_bytes < rows["period5:1"].total_bytes
     assert rows["period5:8"].total_bytes < rows["fibonacci:8"].total_bytes
@@ -311,7 +310,7 @@ def test_level_nine_is_never_larger_than_level_six_or_plain_lzma():
 # ---- faults
 
 SAMPLE = python_sources(6_000)
-STREAM = compress(SAMPLE[:1_500], block_size=600)
+STREAM = compress(SAMPLE[:900], block_size=400)
 
 
 def test_every_flipped_bit_is_detected():
@@ -341,7 +340,7 @@ def reseal(stream: bytes, at: int, change: int) -> bytes:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255), st.sampled_from(["phrases", "none", "lzma"]))
-@settings(max_examples=500)
+@settings(max_examples=300)
 def test_a_forged_payload_with_right_checksums_is_never_returned_as_data(at: int, change: int, kind: str):
     stream, data = FORGEABLE[kind]
     try:
@@ -360,7 +359,7 @@ FORGEABLE = {
 
 
 @given(st.binary(max_size=400), st.integers(0, 5000), st.integers(0, 3))
-@settings(max_examples=1500)
+@settings(max_examples=800)
 def test_no_payload_crashes_a_decoder_or_outgrows_its_size(payload: bytes, size: int, mode: int):
     try:
         out = decode_block(mode, payload, size)
@@ -370,7 +369,7 @@ def test_no_payload_crashes_a_decoder_or_outgrows_its_size(payload: bytes, size:
 
 
 @given(st.binary(max_size=200), st.booleans())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_no_bytes_crash_the_container(tail: bytes, start: bool):
     data = (STREAM[:5] if start else b"") + tail
     try:
@@ -397,12 +396,12 @@ def test_a_hundred_thousand_mutated_streams_crash_nothing_and_return_nothing():
 
 
 def test_output_is_refused_before_it_is_made():
-    bomb = compress(b"a bomb " * 500_000)
+    bomb = compress(b"a bomb " * 100_000)
     assert len(bomb) < 5_000
-    for limit in (0, 1, 3_499_999):
+    for limit in (0, 1, 699_999):
         with pytest.raises(OutputLimit, match=f"max_output={limit}"):
             decompress(bomb, max_output=limit)
-    assert len(decompress(bomb, max_output=3_500_000)) == 3_500_000
+    assert len(decompress(bomb, max_output=700_000)) == 700_000
     two = compress(b"abc") + compress(b"def")
     assert decompress(two) == b"abcdef"
     with pytest.raises(OutputLimit):

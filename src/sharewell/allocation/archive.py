@@ -35,7 +35,8 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
     path = Path(path)
     fields: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     buffer = io.BytesIO()
-    np.savez(buffer, **fields, **{DIGEST: _digest(fields)})
+    everything: dict[str, Any] = {**fields, DIGEST: _digest(fields)}
+    np.savez(buffer, **everything)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("wb") as out:
         out.write(buffer.getvalue())

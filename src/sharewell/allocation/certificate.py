@@ -94,7 +94,7 @@ def certify(interaction: np.ndarray, *, symmetric: bool = False, burn_in: int = 
         raise ValueError("interaction must be finite and not negative, with a zero diagonal")
     values, vectors = np.linalg.eig(S)
     rho = float(np.abs(values).max())
-    w = np.abs(np.real(vectors[:, int(np.argmax(values.real))]))
+    w = np.abs(np.real(vectors[:, int(np.argmax(np.real(values)))]))
     factor = math.inf
     if w.max() > 0 and w.min() > 1e-9 * w.max():
         w /= w.max()

@@ -98,9 +98,10 @@ def _figures_table(figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("mechanism", *next(iter(figures.values())), title=title, title_justify="left")
-    for name, row in figures.items():
-        table.add_row(name, *(f"{value:.3f}" for value in row.values()))
+    # Mechanisms side by side: a dozen figures would not fit on a line.
+    table = Table("figure", *figures, title=title, title_justify="left")
+    for name in next(iter(figures.values())):
+        table.add_row(name.replace("_", " "), *(f"{row[name]:.3f}" for row in figures.values()))
     Console().print(table)
 
 
@@ -354,8 +355,8 @@ def grank_simulate(
     at = tuple(sorted({max(1, steps * q // 4) for q in (1, 2, 3, 4)}))
     result = simulate(
         SimConfig(nodes=nodes, steps=steps, isolation=isolation, measure_at=at),
-        attack,
-        seed,  # pyright: ignore
+        attack,  # pyright: ignore[reportArgumentType]
+        seed,
     )
     if as_json:
         typer.echo(json.dumps([asdict(frame) for frame in result.frames]))

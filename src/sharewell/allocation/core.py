@@ -132,7 +132,7 @@ class Problem:
         for name in ("request_location", "resource_location"):
             self._check(name, np.isfinite(getattr(self, name)).all(axis=1), "finite")
 
-    def _check(self, name: str, good: np.ndarray, rule: str) -> None:
+    def _check(self, name: str, good: Any, rule: str) -> None:
         value = getattr(self, name)
         good = good & np.isfinite(value.reshape(len(value), -1)).all(axis=1)  # NaN compares false already
         if not good.all():

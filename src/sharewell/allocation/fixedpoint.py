@@ -278,7 +278,7 @@ class FixedPoint:
             if meta["format"] != "sharewell-fixedpoint-1":
                 raise KeyError("format")
             if schedule is None:
-                fields = {
+                fields: dict[str, Any] = {
                     k: tuple(v) if isinstance(v, list) else v for k, v in meta["schedule_fields"].items()
                 }
                 schedule = _KNOWN[meta["schedule"]](**fields)

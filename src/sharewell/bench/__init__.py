@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .discovery import Benchmark, find_benchmark, list_benchmarks
     from .machine import cpu_counters, environment, machine_load, usable_cores
     from .memory import PeakMemory
-    from .progress import Progress, no_progress
+    from .progress import Progress, no_progress, progress_bars
     from .report import PEER_NOT_INSTALLED, Report, Row
     from .timing import Sample, cpu_seconds, interleave, measure, median, spread, values
 
@@ -26,6 +26,7 @@ _HOME = {
     "PEER_NOT_INSTALLED": "report",
     "Progress": "progress",
     "no_progress": "progress",
+    "progress_bars": "progress",
     "Report": "report",
     "Row": "report",
     "Sample": "timing",

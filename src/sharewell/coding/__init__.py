@@ -1,4 +1,5 @@
-"""Coding: one adaptive entropy coder, lossless text compression, information measures and minimum-entropy coupling."""
+"""Coding: one adaptive entropy coder, lossless text compression, information measures and minimum-entropy
+coupling."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """A message hidden in the text of a language model, whose token distribution stays exactly that of the model.
 
-The message is cut into blocks of a few bits. For each token the block that is least known so far is compressed to
-the rate, coupled with the model's next-token distribution, and a token drawn given the true block; the receiver, who
-runs the same model, updates its belief by Bayes. Source: Ebrahimi et al. 2024 (2410.21666), blockwise variant; the
-factored message follows Sokota et al. 2023 (2210.14889).
+The message is cut into blocks of a few bits. For each token the block that is least known so far is
+compressed to the rate, coupled with the model's next-token distribution, and a token drawn given the true
+block; the receiver, who runs the same model, updates its belief by Bayes. Source: Ebrahimi et al. 2024
+(2410.21666), blockwise variant; the factored message follows Sokota et al. 2023 (2210.14889).
 
-Probabilities are rounded to integers first: a rounding that differs between sender and receiver would part their
-beliefs. A fingerprint of model and settings travels in the header, and another model is refused before decoding.
-"""
+Probabilities are rounded to integers first: a rounding that differs between sender and receiver would part
+their beliefs. A fingerprint of model and settings travels in the header, and another model is refused
+before decoding."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class CarrierMismatch(ValueError):
 
 
 class CarrierModel(Protocol):
-    """A causal language model: ``start`` forgets all and reads a prompt, ``step`` reads one token more; both return
-    the logits of the next token, float64 [vocabulary]. ``fingerprint``: of its weights."""
+    """A causal language model: ``start`` forgets all and reads a prompt, ``step`` reads one token more;
+    both return the logits of the next token, float64 [vocabulary]. ``fingerprint``: of its weights."""
 
     fingerprint: str
 
@@ -131,11 +131,10 @@ def integer_distribution(logits: np.ndarray, top_k: int | None, bits: int) -> tu
 class LMCarrier:
     """Hides messages in what a language model says.
 
-    model: a :class:`CarrierModel`. tokenizer: anything with ``encode(text) -> ids`` and ``decode(ids) -> text``.
-    top_k: tokens that may be drawn (None: all). rate: bits of a token's code as a share of a block's.
-    block_bits: 1 to 12. precision_bits: probabilities are multiples of 2**-precision_bits. max_tokens: give up after.
-    Raises ValueError naming the field and its range.
-    """
+    model: a :class:`CarrierModel`. tokenizer: anything with ``encode(text) -> ids`` and ``decode(ids) ->
+    text``. top_k: tokens that may be drawn (None: all). rate: bits of a token's code as a share of a
+    block's. block_bits: 1 to 12. precision_bits: probabilities are multiples of 2**-precision_bits.
+    max_tokens: give up after. Raises ValueError naming the field and its range."""
 
     def __init__(
         self,
@@ -186,9 +185,9 @@ class LMCarrier:
         return [number >> (width * k) & ((1 << width) - 1) for k in range(blocks)]
 
     def encode(self, message: bytes, prompt: str, seed: int, confidence: float = 0.999) -> StegoText:
-        """Text after ``prompt`` that carries ``message``: tokens until the receiver's guess is right and has this
-        ``confidence`` in every block. ``seed`` fixes the draws and is not needed to decode. Raises ValueError when
-        ``max_tokens`` do not suffice."""
+        """Text after ``prompt`` that carries ``message``: tokens until the receiver's guess is right and
+        has this ``confidence`` in every block. ``seed`` fixes the draws and is not needed to decode. Raises
+        ValueError when ``max_tokens`` do not suffice."""
         if not message:
             raise ValueError("message must have at least one byte, got none")
         rng = np.random.default_rng(seed)
@@ -220,8 +219,8 @@ class LMCarrier:
         )
 
     def decode(self, sent: StegoText, prompt: str) -> bytes:
-        """The message. Raises CarrierMismatch for another model, other settings, or tokens that the model would not
-        say; ValueError when what was received is not the whole message."""
+        """The message. Raises CarrierMismatch for another model, other settings, or tokens that the model
+        would not say; ValueError when what was received is not the whole message."""
         if sent.fingerprint != self.fingerprint:
             raise CarrierMismatch(
                 f"made with model and settings {sent.fingerprint}, these are {self.fingerprint}"

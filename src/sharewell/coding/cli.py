@@ -101,7 +101,8 @@ def decompress_files(files: Files, max_output: MaxOutput = None, force: Force = 
 
     Example: sharewell qtc d notes.txt.qtc --max-output 100000000
     """
-    from .quasicryth import QuasicrythError, QuasicrythFile
+    from .files import QuasicrythFile
+    from .quasicryth import QuasicrythError
 
     for path in files:
         try:
@@ -136,7 +137,8 @@ def test_files(files: Files, max_output: MaxOutput = None) -> None:
 
     Example: sharewell qtc t notes.txt.qtc
     """
-    from .quasicryth import QuasicrythError, QuasicrythFile
+    from .files import QuasicrythFile
+    from .quasicryth import QuasicrythError
 
     for path in files:
         try:
@@ -169,7 +171,8 @@ def _peers() -> dict[str, Any]:
 
 @qtc_app.command("bench")
 def bench_files(files: Files, tiling: Tiling = "auto", level: Level = 6, as_json: AsJson = False) -> None:
-    """Sizes beside xz, bzip2 and, where installed, zstd, on your own files; each is decompressed and compared.
+    """Sizes beside xz, bzip2 and, where installed, zstd, on your own files; each is decompressed and
+    compared.
 
     Example: sharewell qtc bench notes.txt --json
     """
@@ -208,8 +211,8 @@ def compare_tilings(
 ) -> None:
     """What the tiling buys: the same text and coder under several tilings.
 
-    fib:12 against p5:1 is the paper's comparison, fib:8 against p5:8 the one at equal budget, all the control that
-    looks everywhere, none the one without phrases.
+    fib:12 against p5:1 is the paper's comparison, fib:8 against p5:8 the one at equal budget, all the
+    control that looks everywhere, none the one without phrases.
 
     Example: sharewell qtc ab notes.txt --arms fib:8,p5:8,all
     """

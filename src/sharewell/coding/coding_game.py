@@ -1,11 +1,10 @@
 """A Markov coding game: an agent sends a message by its actions, whose distribution stays that of its policy.
 
-At each step both ends hold the same belief about the message. The sender compresses it to R bits, couples the code
-with the policy's action distribution and draws the action given the true message; both then update the belief by
-Bayes. Averaged over messages the actions follow the policy exactly, so reward and secrecy cost nothing; what varies
-is how often the receiver's best guess is right. Source: Ebrahimi et al. 2024 (2410.21666), section 5; the game is
-Sokota et al. 2022 (2202.04126).
-"""
+At each step both ends hold the same belief about the message. The sender compresses it to R bits, couples
+the code with the policy's action distribution and draws the action given the true message; both then update
+the belief by Bayes. Averaged over messages the actions follow the policy exactly, so reward and secrecy
+cost nothing; what varies is how often the receiver's best guess is right. Source: Ebrahimi et al. 2024
+(2410.21666), section 5; the game is Sokota et al. 2022 (2202.04126)."""
 
 from __future__ import annotations
 
@@ -41,9 +40,9 @@ class Environment(Protocol):
 class GridWorld:
     """A grid with a goal (+1) and a trap (-1); a move slips to either side with probability ``slip``.
 
-    The default is the world of the paper's code: 8 x 8, goal (0, 7), trap (1, 7), obstacles on the diagonal from
-    (1, 1) to (7, 7), start (5, 4). States are row * size + column. Raises ValueError for a slip outside [0, 0.5].
-    """
+    The default is the world of the paper's code: 8 x 8, goal (0, 7), trap (1, 7), obstacles on the diagonal
+    from (1, 1) to (7, 7), start (5, 4). States are row * size + column. Raises ValueError for a slip
+    outside [0, 0.5]."""
 
     size: int = 8
     goal: tuple[int, int] = (0, 7)
@@ -152,8 +151,8 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Belief:
-    """What the receiver knows: the distribution over messages, its entropy in bits, and whether the trajectory was
-    whole (a guess from one that was cut off is no answer)."""
+    """What the receiver knows: the distribution over messages, its entropy in bits, and whether the
+    trajectory was whole (a guess from one that was cut off is no answer)."""
 
     probabilities: np.ndarray
     entropy: float
@@ -169,9 +168,9 @@ def code_labels(belief: np.ndarray, rate: float, compressor: str) -> np.ndarray:
     """int64 [n]: the code of each message, of at most ``rate`` bits.
 
     ``ebim``; ``none``, no compression; and four uniform quantisers of 2^rate cells: ``index``, cells of
-    neighbouring numbers, always on (the paper's baseline); ``index-off``, the same, but off once the belief's entropy
-    is within the rate; ``sorted-off``, cells of neighbouring ranks, off likewise; ``support-off``, the
-    same among the messages that are still possible (the strongest)."""
+    neighbouring numbers, always on (the paper's baseline); ``index-off``, the same, but off once the
+    belief's entropy is within the rate; ``sorted-off``, cells of neighbouring ranks, off likewise;
+    ``support-off``, the same among the messages that are still possible (the strongest)."""
     n = len(belief)
     if compressor == "none":
         return np.arange(n)
@@ -210,10 +209,10 @@ def action_given_message(
 class MarkovCodingGame:
     """Both ends of the game.
 
-    policy: action distribution of each state [states, actions]. prior: of the messages. rate: bits of a step's code
-    as a share of the prior's entropy. on_impossible: what the receiver does about an action that the policy never
-    takes: ``raise`` :class:`ImpossibleObservation`, or ``ignore`` it and keep the belief.
-    """
+    policy: action distribution of each state [states, actions]. prior: of the messages. rate: bits of a
+    step's code as a share of the prior's entropy. on_impossible: what the receiver does about an action
+    that the policy never takes: ``raise`` :class:`ImpossibleObservation`, or ``ignore`` it and keep the
+    belief."""
 
     def __init__(
         self,

@@ -34,10 +34,9 @@ def ab_test(
 ) -> list[ABRow]:
     """The arms (see ``Arm.parse``) on one block of text, in their order.
 
-    same_book: every arm lays the same dictionary, chosen by frequency, and stores of it what it uses (the paper's
-    comparison); else the dictionary is pruned by each arm's own use. longest: words of the longest phrase allowed.
-    Raises ValueError for data that are no text.
-    """
+    same_book: every arm lays the same dictionary, chosen by frequency, and stores of it what it uses (the
+    paper's comparison); else the dictionary is pruned by each arm's own use. longest: words of the longest
+    phrase allowed. Raises ValueError for data that are no text."""
     raw = np.frombuffer(bytearray(data), np.uint8)
     tokens = tokenize(raw)
     if tokens is None:

@@ -1,9 +1,9 @@
 """Joint distributions with given marginals and as little entropy as possible.
 
-Greedy by the largest remaining masses: Kocaoglu et al. 2017 (1611.04035); it is within log2(e)/e = 0.53 bit of the
-optimum (Compton et al. 2023, 2302.11838). Greedy by the closest masses: as named in Ebrahimi et al. 2024 (2410.21666).
-Exact: the optimum is at a vertex of the transport polytope, whose supports are forests of the bipartite graph.
-"""
+Greedy by the largest remaining masses: Kocaoglu et al. 2017 (1611.04035); it is within log2(e)/e = 0.53 bit
+of the optimum (Compton et al. 2023, 2302.11838). Greedy by the closest masses: as named in Ebrahimi et al.
+2024 (2410.21666). Exact: the optimum is at a vertex of the transport polytope, whose supports are forests
+of the bipartite graph."""
 
 from __future__ import annotations
 
@@ -93,8 +93,9 @@ def _greedy_max(p, q, rows, columns, masses):
 
 @njit(cache=True)
 def _greedy_zero(p, q, rows, columns, masses):
-    """Pair the remaining masses that differ least (of equal ones the largest, then the lowest index), so that both
-    vanish almost together; returns the number of nonzeros. Both sides are kept sorted: O((n + m)^2) in all."""
+    """Pair the remaining masses that differ least (of equal ones the largest, then the lowest index), so
+    that both vanish almost together; returns the number of nonzeros. Both sides are kept sorted: O((n +
+    m)^2) in all."""
     n, m = p.size, q.size
     ip, iq = np.argsort(-p, kind="mergesort"), np.argsort(-q, kind="mergesort")
     k = 0
@@ -167,8 +168,9 @@ def _greedy_many(marginals: list[np.ndarray]) -> Coupling:
 
 
 def _exact(p: np.ndarray, q: np.ndarray) -> Coupling:
-    """Branch and bound over the vertices: some row or column of a vertex has a single nonzero, so every vertex is
-    reached by repeatedly choosing a cell and filling it with the smaller of its two remainders."""
+    """Branch and bound over the vertices: some row or column of a vertex has a single nonzero, so every
+    vertex is reached by repeatedly choosing a cell and filling it with the smaller of its two
+    remainders."""
     best: list[Any] = [float("inf"), []]
     seen: dict[tuple, float] = {}
 
@@ -192,8 +194,8 @@ def _exact(p: np.ndarray, q: np.ndarray) -> Coupling:
         seen[key] = spent
         for (a, i), (b, j) in sorted(itertools.product(left_p, left_q), key=lambda c: abs(c[0][0] - c[1][0])):
             mass = min(a, b)
-            new_rows = rows[:i] + (a - mass,) + rows[i + 1 :]
-            new_columns = columns[:j] + (b - mass,) + columns[j + 1 :]
+            new_rows = (*rows[:i], a - mass, *rows[i + 1 :])
+            new_columns = (*columns[:j], b - mass, *columns[j + 1 :])
             search(new_rows, new_columns, spent + term(mass), [*cells, (i, j, mass)])
 
     search(tuple(p.tolist()), tuple(q.tolist()), 0.0, [])
@@ -206,11 +208,10 @@ def _exact(p: np.ndarray, q: np.ndarray) -> Coupling:
 def min_entropy_coupling(*marginals: Any, method: Literal["max", "zero", "exact"] = "max") -> Coupling:
     """Couple distributions with small joint entropy.
 
-    method: ``max`` pairs the largest remaining masses (any number of marginals, O((n + m) log(n + m)), at most
-    n + m - 1 nonzeros); ``zero`` the closest ones (two marginals); ``exact`` searches all vertices (two marginals of
-    at most 5 entries). Raises DistributionError for a marginal that is no distribution, ValueError for a method
-    that does not fit.
-    """
+    method: ``max`` pairs the largest remaining masses (any number of marginals, O((n + m) log(n + m)), at
+    most n + m - 1 nonzeros); ``zero`` the closest ones (two marginals); ``exact`` searches all vertices
+    (two marginals of at most 5 entries). Raises DistributionError for a marginal that is no distribution,
+    ValueError for a method that does not fit."""
     arrays = [distribution(p, f"marginal {k}").ravel() for k, p in enumerate(marginals)]
     if len(arrays) < 2:
         raise ValueError(f"marginals must be at least two, got {len(arrays)}")

@@ -1,10 +1,10 @@
 """The room's one entropy coder: an adaptive binary and multi-symbol range coder in integer arithmetic.
 
-Every routine runs in both directions: with ``io[ENCODING]`` set it writes the symbol it is given, else it reads
-one and returns it, so that a model written once is encoder and decoder and cannot drift apart. No float takes
-part: a rounding that differs between two machines would make a stream undecodable. Reading past the end yields
-zeros and never fails; who decodes hostile bytes gets wrong symbols, each within its alphabet, and a checksum
-above this layer says so.
+Every routine runs in both directions: with ``io[ENCODING]`` set it writes the symbol it is given, else it
+reads one and returns it, so that a model written once is encoder and decoder and cannot drift apart. No
+float takes part: a rounding that differs between two machines would make a stream undecodable. Reading past
+the end yields zeros and never fails; who decodes hostile bytes gets wrong symbols, each within its
+alphabet, and a checksum above this layer says so.
 
 Range coder: Martin 1979, with the carry propagation of LZMA, on a 48-bit window. Mixing of predictions in the
 logistic domain: Mahoney 2005 (PAQ6). Adaptive counts in a Fenwick tree: Fenwick 1994.
@@ -38,6 +38,7 @@ def _logistic_tables() -> tuple[np.ndarray, np.ndarray]:
     Decimal's exp is correctly rounded by its specification, so that the tables are the same everywhere.
     """
     squash = np.empty(4096, np.int64)
+    before = 0
     with localcontext() as context:
         context.prec = 24
         for knot in range(129):
@@ -169,7 +170,8 @@ def code_adaptive(io, buf, cells, at, bit, limit):
 
 @njit(cache=True)
 def code_tree(io, buf, cells, base, bits, symbol, limit):
-    """A symbol of ``bits`` bits by a binary tree of adaptive probabilities at ``cells[base:base + 2**bits]``."""
+    """A symbol of ``bits`` bits by a binary tree of adaptive probabilities at ``cells[base:base +
+    2**bits]``."""
     node = 1
     for place in range(bits - 1, -1, -1):
         node = (node << 1) | code_adaptive(io, buf, cells, base + node, (symbol >> place) & 1, limit)
@@ -178,8 +180,8 @@ def code_tree(io, buf, cells, base, bits, symbol, limit):
 
 @njit(cache=True)
 def code_number(io, buf, cells, base, value):
-    """A number in [0, 2**32 - 1): bit count by an adaptive tree (32 cells at ``base``), then the two bits below the
-    first adaptively (128 more cells), the rest plainly. Takes 160 cells."""
+    """A number in [0, 2**32 - 1): bit count by an adaptive tree (32 cells at ``base``), then the two bits
+    below the first adaptively (128 more cells), the rest plainly. Takes 160 cells."""
     value = max(value, 0)  # decoding ignores what it is given
     bits = 0
     while (value + 1) >> (bits + 1):
@@ -198,9 +200,9 @@ def code_number(io, buf, cells, base, value):
 
 @njit(cache=True)
 def code_mixed(io, buf, cells, state, n, weights, bit, limit):
-    """A binary decision by ``n`` adaptive probabilities, ``cells[state[i]]`` for i < n, mixed in the logistic
-    domain with the weights ``cells[weights : weights + n]`` (65,536 is 1), which learn online. ``state[8 : 8 + n]``
-    is scratch."""
+    """A binary decision by ``n`` adaptive probabilities, ``cells[state[i]]`` for i < n, mixed in the
+    logistic domain with the weights ``cells[weights : weights + n]`` (65,536 is 1), which learn online.
+    ``state[8 : 8 + n]`` is scratch."""
     dot = np.int64(0)
     for i in range(n):
         s = _STRETCH[np.int64(cells[state[i]]) >> 18]
@@ -244,7 +246,8 @@ def rebuild_frequencies(cells, tables, table):
 
 @njit(cache=True)
 def code_symbol(io, buf, cells, tables, table, symbol, increment):
-    """A symbol by adaptive counts. At least one count must be positive; only symbols with one can be coded."""
+    """A symbol by adaptive counts. At least one count must be positive; only symbols with one can be
+    coded."""
     base, size, total = tables[3 * table], tables[3 * table + 1], tables[3 * table + 2]
     tree = base + size
     unit = io[RANGE] // total

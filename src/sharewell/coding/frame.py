@@ -5,9 +5,8 @@
              BLAKE2b-64 of the data (8), CRC-32 of this header (4), payload
     end    = 'E', number of blocks (4), size of all data (8), CRC-32 of the end (4)
 
-Numbers are little-endian. A CRC-32 sees every change of a single byte, and the end mark every cut, so that nothing
-damaged is ever handed out: the payload is checked before it is decoded, the data after it.
-"""
+Numbers are little-endian. A CRC-32 sees every change of a single byte, and the end mark every cut, so that
+nothing damaged is ever handed out: the payload is checked before it is decoded, the data after it."""
 
 from __future__ import annotations
 
@@ -118,7 +117,8 @@ class FrameReader:
         self._pending += data
 
     def next_block(self) -> bytes | None:
-        """The data of the next block that is complete, checked; None when there is none (yet, or any more)."""
+        """The data of the next block that is complete, checked; None when there is none (yet, or any
+        more)."""
         if self.eof:
             return None
         if not self._started:

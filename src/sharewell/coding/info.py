@@ -15,8 +15,8 @@ class DistributionError(ValueError):
 
 
 def distribution(p: Any, name: str = "p") -> np.ndarray:
-    """``p`` as float64, checked: no negative entry, no NaN, sum 1 within 1e-9. Raises :class:`DistributionError`
-    naming the sum."""
+    """``p`` as float64, checked: no negative entry, no NaN, sum 1 within 1e-9. Raises
+    :class:`DistributionError` naming the sum."""
     array = np.asarray(p, np.float64)
     if array.size == 0:
         raise DistributionError(f"{name} must have at least one entry, got none")

@@ -1,10 +1,10 @@
 """Minimum-entropy coupling with a bottleneck: as much of X as R bits let through, dressed as Y.
 
-X - T - Y with both marginals exact: an encoder that maximises I(X; T) subject to H(T) <= R, then a coupling of T
-with Y of least joint entropy. Source: Ebrahimi, Chen and Khisti 2024 (2410.21666): algorithm 1 (the greedy encoder),
-theorem 2 (its gap is at most the binary entropy of the second largest mass), theorem 3 (how to use what is left of
-the rate). Beam, exact search and the bisection that meets the rate exactly are ours.
-"""
+X - T - Y with both marginals exact: an encoder that maximises I(X; T) subject to H(T) <= R, then a coupling
+of T with Y of least joint entropy. Source: Ebrahimi, Chen and Khisti 2024 (2410.21666): algorithm 1 (the
+greedy encoder), theorem 2 (its gap is at most the binary entropy of the second largest mass), theorem 3
+(how to use what is left of the rate). Beam, exact search and the bisection that meets the rate exactly are
+ours."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def _lost(p, q):
 
 @njit(cache=True)
 def greedy_labels(p, rate):
-    """int64 [n]: the column of each symbol. Merging the two largest columns leaves one that is larger still, so one
-    sort serves for all merges: the columns are a merged head, the masses between, and at the end perhaps the two
-    smallest together. O(n log n)."""
+    """int64 [n]: the column of each symbol. Merging the two largest columns leaves one that is larger
+    still, so one sort serves for all merges: the columns are a merged head, the masses between, and at the
+    end perhaps the two smallest together. O(n log n)."""
     n = p.size
     order = np.argsort(-p, kind="mergesort")
     positive = 0
@@ -221,9 +221,9 @@ def ebim(
 ) -> Encoder:
     """The encoder with the most information about X at a rate of at most ``rate`` bits.
 
-    method: ``greedy`` (O(n log n), within h(second largest mass) of the optimum), ``beam`` over merges of pairs,
-    ``exact`` over all deterministic maps (at most 9 symbols). refine: use the rate up to its last part by making the
-    map random in one cell. Raises DistributionError, or ValueError naming the argument.
+    method: ``greedy`` (O(n log n), within h(second largest mass) of the optimum), ``beam`` over merges of
+    pairs, ``exact`` over all deterministic maps (at most 9 symbols). refine: use the rate up to its last
+    part by making the map random in one cell. Raises DistributionError, or ValueError naming the argument.
     """
     p = distribution(p_x, "p_x").ravel()
     if not rate >= 0:
@@ -292,7 +292,9 @@ class MECB:
     ) -> None:
         if not rate >= 0:
             raise ValueError(f"rate must be at least 0 bits, got {rate}")
-        self.rate, self.method, self.coupling, self.refine = rate, method, coupling, refine
+        self.rate, self.refine = rate, refine
+        self.method: Literal["greedy", "beam", "exact"] = method
+        self.coupling: Literal["max", "zero", "exact"] = coupling
 
     def fit(self, p_x: Any, p_y: Any) -> MECB:
         """Find encoder and coupling for X ~ ``p_x`` [n] and Y ~ ``p_y`` [m]. Raises DistributionError."""

@@ -1,126 +1,46 @@
 """The adaptive model of a text as events (words and phrases), their case and the white space between them.
 
-One function, :func:`run`, encodes and decodes: both directions take the same steps on the same state. An event is
-first sought among what followed the same context before: the longest match of at least four words, then what came
-after the last three, two and one words; only if none of these candidates is right is it coded by class and
-adaptive frequency. Candidates replace the global move-to-front cache and the LZ77 step of Tacconelli 2026
-(2603.14999); case and white space are predicted from the words on both sides, and from the column."""
+One function, :func:`run`, encodes and decodes: both directions take the same steps on the same state. An
+event is first sought among what followed the same context before: the longest match of at least four words,
+then what came after the last three, two and one words; only if none of these candidates is right is it
+coded by class and adaptive frequency. Candidates replace the global move-to-front cache and the LZ77 step
+of Tacconelli 2026 (2603.14999); case and white space are predicted from the words on both sides, and from
+the column."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .entropy_coder import (
-    ENCODING,
-    HALF,
-    code_mixed,
-    code_number,
-    code_symbol,
-    code_tree,
-    rebuild_frequencies,
+from .entropy_coder import ENCODING, code_mixed, code_number, code_symbol, code_tree
+from .model_state import (
+    CLASSES,
+    FLAG_CELLS,
+    FLAG_WEIGHTS,
+    FLAGS,
+    FOLLOW1,
+    FOLLOW2,
+    FOLLOW3,
+    FOLLOW_MASK,
+    LEVELS,
+    MATCH_MASK,
+    MATCHES,
+    NUMBERS,
+    REJECTED,
+    STARTS,
+    TABLES,
+    WORDS,
 )
-from .spelling import LETTER_MASK, LETTER_WEIGHT_CELLS, LETTER_WEIGHTS, LETTERS, code_word
-from .tiling import PHRASE_LENGTHS
+from .spacing import code_case, code_space, kind_of
+from .spelling import code_word
 from .tokens import BYTE_WORDS, CAPITALIZED, MAX_RUN, PLAIN, UPPER
 
-LEVELS = len(PHRASE_LENGTHS)
-MAX_EVENTS = (1 << 20) - 2  # ids of words and phrases together
 _BYTE, _WORD, _ESCAPE, _PHRASE = 0, 1, 2, 3  # classes of events; _PHRASE + level
 _NEAREST = 4  # words that a match must have
-_FLAGS = 3  # inputs of a candidate's flag
-_SPACES = 5
-_CASES = 4
 _CONFIDENCE = 20  # a candidate: id + 1 in the low bits, confidence above
 _ID = (1 << _CONFIDENCE) - 1
 _SLOTS1, _SLOTS2, _SLOTS3 = 7, 3, 3
 OK, FORGED, FULL = 0, 1, 2
-
-
-# The adaptive state is one array of int32 cells and one of int64 fields that say where in it each part begins:
-# a handful of arrays passes from function to function for nothing, two dozen would cost more than the coding.
-_FLAG_CELLS, _FLAG_WEIGHTS = 19, 20
-_MARK_CELLS, _MARK_MASK, _SPACE_WEIGHTS, _CASE_WEIGHTS = 21, 22, 23, 24
-_CLASSES, _FOLLOW1, _FOLLOW2, _FOLLOW3, _FOLLOW_MASK = 25, 26, 27, 28, 29
-_MATCHES, _MATCH_MASK, _HISTORY, _WORDS = 30, 31, 32, 33
-_STARTS = 34  # [LEVELS + 1]: where the phrases of each level begin
-_REJECTED = 48  # [16] scratch
-_SITES = 64  # [8] scratch
-_TABLES = 72  # base, size, total of the frequency tables: words, then the phrases of each level
-_FIELDS = _TABLES + 3 * (LEVELS + 1)
-_NUMBERS = 65536 + 1024  # within _CLASSES: steps between first words, 160 cells a level
-
-
-class Model(NamedTuple):
-    """All adaptive state. Sizes follow the number of tokens, so that small blocks stay cheap."""
-
-    cells: np.ndarray  # int32
-    state: np.ndarray  # int64
-
-
-def new_model(n_tokens: int, n_book: int, n_phrases: np.ndarray) -> Model:
-    """Fresh state for ``n_tokens`` (history included), ``n_book`` words and ``n_phrases`` per level."""
-    bits = min(22, max(10, int(n_tokens).bit_length() - 1))
-    n_words = BYTE_WORDS + n_book
-    third = 65536 * 3 // 10
-    parts = (  # field, cells, initial value, field of the mask
-        (LETTERS, 1 << min(19, max(13, bits - 1)), HALF, LETTER_MASK),
-        (LETTER_WEIGHTS, LETTER_WEIGHT_CELLS, third, 0),
-        (_FLAG_CELLS, 1 << 16, HALF, 0),
-        (_FLAG_WEIGHTS, _FLAGS << 10, 24000, 0),
-        (_MARK_CELLS, 1 << min(22, bits + 1), HALF, _MARK_MASK),
-        (_SPACE_WEIGHTS, _SPACES << 8, third, 0),
-        (_CASE_WEIGHTS, _CASES << 8, third, 0),
-        (_CLASSES, _NUMBERS + 160 * LEVELS, HALF, 0),
-        (_FOLLOW1, (n_words + 2) * 8, 0, 0),
-        (_FOLLOW2, 4 << min(20, bits - 2), 0, 0),
-        (_FOLLOW3, 4 << min(20, bits - 2), 0, _FOLLOW_MASK),
-        (_MATCHES, 1 << min(20, bits - 1), 0, _MATCH_MASK),
-        (_HISTORY, n_words + 1, 0, 0),
-    )
-    sizes = [1 << max(0, int(n) - 1).bit_length() for n in (n_book, *n_phrases)]
-    cells = np.zeros(sum(n for _, n, _, _ in parts) + sum(2 * n + 1 for n in sizes), np.int32)
-    state = np.zeros(_FIELDS, np.int64)
-    at = 0
-    for field, n, value, mask in parts:
-        state[field] = at
-        if value:
-            cells[at : at + n] = value
-        if mask:
-            state[mask] = n - 1
-        at += n
-    for table, n in enumerate(sizes):
-        state[_TABLES + 3 * table : _TABLES + 3 * table + 2] = at, n
-        at += 2 * n + 1
-    state[_WORDS] = n_words
-    state[_STARTS + 1 : _STARTS + 1 + LEVELS] = np.cumsum(n_phrases)
-    return Model(cells, state)
-
-
-def set_prior(m: Model, table: int, at: int, n: int, weight: int) -> None:
-    """Give symbols ``at..at+n`` of a frequency table (0 words, 1.. phrases by level) the same starting count."""
-    base = int(m.state[_TABLES + 3 * table])
-    m.cells[base + at : base + at + n] = weight
-
-
-def start_frequencies(m: Model) -> None:
-    """Build the tables once their starting counts are set."""
-    for table in range(LEVELS + 1):
-        rebuild_frequencies(m.cells, m.state[_TABLES:], table)
-
-
-@njit(cache=True)
-def _kind(word):
-    """0 a word of letters, 1 a digit, 2 a full stop or the like, 3 another byte."""
-    if word >= BYTE_WORDS or 97 <= word <= 122 or word >= 128:
-        return 0
-    if 48 <= word <= 57:
-        return 1
-    if word == 46 or word == 33 or word == 63 or word == 58:
-        return 2
-    return 3
 
 
 @njit(cache=True)
@@ -133,24 +53,24 @@ def _try_list(io, buf, cells, state, base, slots, order, context, extra, symbol,
         candidate = (slot & _ID) - 1
         fresh = True
         for r in range(n_rejected):
-            if state[_REJECTED + r] == candidate:
+            if state[REJECTED + r] == candidate:
                 fresh = False
                 break
         if not fresh:
             continue
         confidence = slot >> _CONFIDENCE
         place = (order * 8 + j) * 16 + confidence
-        flags = state[_FLAG_CELLS]
+        flags = state[FLAG_CELLS]
         state[0] = flags + ((place << 2) | min(n_rejected, 3))
         state[1] = (
             flags + 4096 + (((context + j * 0x3C6EF372 + order * 0x2545F491) * 0x9E3779B1 >> 11) & 0x7FFF)
         )
         state[2] = flags + 40960 + (((order * 8 + j) << 8) | extra)
-        weights = state[_FLAG_WEIGHTS] + place * _FLAGS
-        hit = code_mixed(io, buf, cells, state, _FLAGS, weights, np.int64(candidate == symbol), 250)
+        weights = state[FLAG_WEIGHTS] + place * FLAGS
+        hit = code_mixed(io, buf, cells, state, FLAGS, weights, np.int64(candidate == symbol), 250)
         if hit:
             return candidate, n_rejected
-        state[_REJECTED + n_rejected] = candidate
+        state[REJECTED + n_rejected] = candidate
         n_rejected += 1
     return -1, n_rejected
 
@@ -193,33 +113,33 @@ def _bucket(table, start, mask, h):
 
 @njit(cache=True)
 def code_event(io, buf, cells, state, levels, t1, t2, t3, guess, guess_length, past, symbol):
-    """One event: an id below ``n_words`` is a word, ``n_words`` an escape, above it a phrase. ``guess``: what the
-    longest match predicts, or -1. ``past``: bits that say how the last events were found. Returns
+    """One event: an id below ``n_words`` is a word, ``n_words`` an escape, above it a phrase. ``guess``:
+    what the longest match predicts, or -1. ``past``: bits that say how the last events were found. Returns
     (symbol, how it was found)."""
-    n_words = state[_WORDS]
+    n_words = state[WORDS]
     n_rejected = 0
     found = np.int64(-1)
     how = 0
-    b1 = state[_FOLLOW1] + (t1 + 1) * 8
+    b1 = state[FOLLOW1] + (t1 + 1) * 8
     h2 = ((t1 + 1) * 0x9E3779B97F4A7C1 + (t2 + 1) * 0x2545F4914F6CDD1) * 0x5851F42D4C957F2D
     h2 ^= h2 >> 29 & 0x7FFFFFFFF
     h3 = (h2 + (t3 + 1)) * 0x2127599BF4325C37
     h3 ^= h3 >> 31 & 0x1FFFFFFFF
     h2 &= 0x7FFFFFFFFFFFFFFF
     h3 &= 0x7FFFFFFFFFFFFFFF
-    b2 = _bucket(cells, state[_FOLLOW2], state[_FOLLOW_MASK], h2)
-    b3 = _bucket(cells, state[_FOLLOW3], state[_FOLLOW_MASK], h3)
+    b2 = _bucket(cells, state[FOLLOW2], state[FOLLOW_MASK], h2)
+    b3 = _bucket(cells, state[FOLLOW3], state[FOLLOW_MASK], h3)
     if guess >= 0:
-        flags = state[_FLAG_CELLS]
+        flags = state[FLAG_CELLS]
         state[0] = flags + min(guess_length, 31) * 4
         state[1] = flags + 4096 + (((t1 * 0x3C6EF372 + 99) * 0x9E3779B1 >> 11) & 0x7FFF)
         state[2] = flags + 40960 + (7 << 11) + (past << 3 | min(guess_length >> 2, 7))
-        weights = state[_FLAG_WEIGHTS] + min(guess_length, 15) * _FLAGS
-        if code_mixed(io, buf, cells, state, _FLAGS, weights, np.int64(guess == symbol), 250):
+        weights = state[FLAG_WEIGHTS] + min(guess_length, 15) * FLAGS
+        if code_mixed(io, buf, cells, state, FLAGS, weights, np.int64(guess == symbol), 250):
             found = guess
             how = 3
         else:
-            state[_REJECTED] = guess
+            state[REJECTED] = guess
             n_rejected = 1
     if found < 0:
         found, n_rejected = _try_list(
@@ -249,90 +169,30 @@ def code_event(io, buf, cells, state, levels, t1, t2, t3, guess, guess_length, p
             else:
                 index = symbol - BYTE_WORDS
         kind = code_tree(
-            io, buf, cells, state[_CLASSES] + 65536 + (_kind(t1) * 16 + (past & 15)) * 16, 4, kind, 200
+            io, buf, cells, state[CLASSES] + 65536 + (kind_of(t1) * 16 + (past & 15)) * 16, 4, kind, 200
         )
         if kind == _BYTE:
             found = code_tree(
-                io, buf, cells, state[_CLASSES] + (t1 if 0 <= t1 < BYTE_WORDS else 0) * 256, 8, symbol, 200
+                io, buf, cells, state[CLASSES] + (t1 if 0 <= t1 < BYTE_WORDS else 0) * 256, 8, symbol, 200
             )
         elif kind == _ESCAPE:
             found = np.int64(n_words)
         elif kind == _WORD:
-            if state[_TABLES + 2] == 0:
+            if state[TABLES + 2] == 0:
                 return np.int64(-1), 0
-            found = BYTE_WORDS + code_symbol(io, buf, cells, state[_TABLES:], 0, index, 24)
+            found = BYTE_WORDS + code_symbol(io, buf, cells, state[TABLES:], 0, index, 24)
         else:
             table = kind - _PHRASE + 1
-            if table > LEVELS or state[_TABLES + 3 * table + 2] == 0:
+            if table > LEVELS or state[TABLES + 3 * table + 2] == 0:
                 return np.int64(-1), 0
-            first = state[_STARTS + table - 1]
+            first = state[STARTS + table - 1]
             found = (
-                n_words + 1 + first + code_symbol(io, buf, cells, state[_TABLES:], table, index - first, 24)
+                n_words + 1 + first + code_symbol(io, buf, cells, state[TABLES:], table, index - first, 24)
             )
     _learn(cells, b3 + 1, _SLOTS3, found)
     _learn(cells, b2 + 1, _SLOTS2, found)
     _learn(cells, b1, _SLOTS1, found)
     return found, how
-
-
-@njit(cache=True)
-def _site(state, k, h):
-    state[_SITES + k] = (h * 0x5851F42D4C957F2D >> 17) ^ k
-
-
-@njit(cache=True)
-def _mark_bit(io, buf, cells, state, n, weights, node, bit):
-    start, mask = state[_MARK_CELLS], state[_MARK_MASK]
-    for k in range(n):
-        state[k] = start + ((state[_SITES + k] + node * 0x9E3779) & mask)
-    return code_mixed(io, buf, cells, state, n, weights, np.int64(bit), 250)
-
-
-@njit(cache=True)
-def code_space(
-    io, buf, cells, state, bits, t1, whole, word, length, column, last, line, guess, guess_length, symbol
-):
-    """White space between the words ``t1`` and ``word`` (of ``length`` bytes). ``column``: of the end of t1;
-    ``whole``: t1 was not cut off at its greatest length;
-    ``last``: the space before t1, ``line``: the last one with a line feed; ``guess``: what a match predicts."""
-    k1, k2 = _kind(t1), _kind(word)
-    _site(state, 0, (t1 * 0x100000 + word) * 64 + 5)
-    _site(state, 1, ((guess + 1) * 16 + min(guess_length, 15)) * 64 + 4)
-    _site(state, 2, (min(column + length, 127) * 16 + k2 * 4 + k1) * 64 + 3)
-    _site(state, 3, ((line * 256 + word) * 16 + min(column, 15)) * 64 + 6)
-    _site(state, 4, (t1 * 4 + k2) * 64 + 1)
-    matched = 0 if guess < 0 else 1 + min(guess_length >> 3, 2)
-    base = state[_SPACE_WEIGHTS] + matched * 16 * _SPACES
-    if not (whole and k1 == 0 and k2 == 0):  # two words of letters are never without space between them
-        if not _mark_bit(io, buf, cells, state, _SPACES, base, 0, symbol != 0):
-            return 0
-    if not _mark_bit(io, buf, cells, state, _SPACES, base + _SPACES, 1, symbol != 1):
-        return 1
-    node = 1
-    for place in range(bits - 1, -1, -1):
-        at = base + (2 + min(bits - 1 - place, 13)) * _SPACES
-        bit = _mark_bit(io, buf, cells, state, _SPACES, at, node + 2, (symbol >> place) & 1)
-        node = (node << 1) | bit
-    return node - (1 << bits)
-
-
-@njit(cache=True)
-def code_case(io, buf, cells, state, t1, word, slot, space, before, guess, guess_length, symbol):
-    """The case of ``word`` after ``t1`` and ``space``; ``slot``: its place in the history; ``before``: the case
-    of the word before; ``guess``: what a match predicts, or -1."""
-    past = np.int64(cells[state[_HISTORY] + slot])
-    _site(state, 0, ((word * 4 + (_kind(t1) == 2) * 2 + (space > 1)) * 16 + past) * 64 + 33)
-    _site(state, 1, ((past * 4 + before) * 4 + _kind(t1)) * 512 + min(space, 3) * 64 + 35)
-    _site(state, 2, (((guess + 1) * 16 + min(guess_length, 15)) * 16 + past) * 64 + 36)
-    _site(state, 3, (t1 * 0x100000 + word) * 64 + 37)
-    base = state[_CASE_WEIGHTS] + (0 if guess < 0 else 1 + min(guess_length >> 3, 2)) * 2 * _CASES
-    out = PLAIN
-    if _mark_bit(io, buf, cells, state, _CASES, base, 0, symbol != PLAIN):
-        out = CAPITALIZED
-        if _mark_bit(io, buf, cells, state, _CASES, base + _CASES, 1, symbol == UPPER):
-            out = UPPER
-    cells[state[_HISTORY] + slot] = (past * 3 + out) % 9
-    return out
 
 
 @njit(cache=True)
@@ -344,7 +204,7 @@ def _remember(cells, state, words, at):
     for i in range(at - 3, at + 1):
         h = (h + words[i] + 1) * 0x5851F42D4C957F2D
         h ^= h >> 30
-    slot = state[_MATCHES] + ((h >> 20) & state[_MATCH_MASK])
+    slot = state[MATCHES] + ((h >> 20) & state[MATCH_MASK])
     before = np.int64(cells[slot]) - 1
     cells[slot] = at + 1
     return before
@@ -360,17 +220,17 @@ def _match_length(words, a, b):
 
 @njit(cache=True)
 def code_book(io, buf, cells, state, words, levels, lengths, bounds):
-    """The dictionary's phrases as text that both sides read first. ``words`` and ``starts`` of the entries follow
-    from ``levels``; each class ``bounds[k]..bounds[k+1]`` is sorted, so that first words are stored as steps.
-    Returns OK or FORGED."""
-    n_words = state[_WORDS]
+    """The dictionary's phrases as text that both sides read first. ``words`` and ``starts`` of the entries
+    follow from ``levels``; each class ``bounds[k]..bounds[k+1]`` is sorted, so that first words are stored
+    as steps. Returns OK or FORGED."""
+    n_words = state[WORDS]
     at = 0
     k = 0
     for c in range(bounds.size - 1):
         first = np.int64(0)
         for _ in range(bounds[c], bounds[c + 1]):
             length = lengths[levels[k]]
-            base = state[_CLASSES] + _NUMBERS + levels[k] * 160
+            base = state[CLASSES] + NUMBERS + levels[k] * 160
             first += code_number(io, buf, cells, base, np.int64(words[at]) - first)
             if first >= n_words:
                 return FORGED
@@ -433,7 +293,7 @@ def run(
 ):
     """Code the text. Encoding reads words, at_event, spaces and cases; decoding fills them, and ``out``.
     Returns (status, bytes in out)."""
-    n, n_words = words.size, state[_WORDS]
+    n, n_words = words.size, state[WORDS]
     encoding = io[ENCODING]
     bits = 1
     while (1 << bits) < space_offsets.size - 1:

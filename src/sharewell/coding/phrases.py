@@ -1,9 +1,9 @@
 """Phrases of 2 to 144 words that repeat: finding them, choosing a dictionary, and laying it over the text.
 
-Counting takes two passes per length: a table of small counters over hashes says which phrases may repeat, and
-only those are counted exactly; memory stays bounded and a phrase that occurs once costs nothing. Hashes are 64
-bits wide, and no phrase is used before its words have been compared. Source: Tacconelli 2026 (2603.14999).
-"""
+Counting takes two passes per length: a table of small counters over hashes says which phrases may repeat,
+and only those are counted exactly; memory stays bounded and a phrase that occurs once costs nothing. Hashes
+are 64 bits wide, and no phrase is used before its words have been compared. Source: Tacconelli 2026
+(2603.14999)."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def _hash_words(words, start, length):
 
 @njit(cache=True)
 def _lay_level(words, marks, level, length, first, last, book_words, book_starts, cover, events):
-    """Greedily, from left to right, place phrases ``first..last`` of one length on words that are still free."""
+    """Greedily, from left to right, place phrases ``first..last`` of one length on words that are still
+    free."""
     size = 16
     while size < 4 * (last - first):
         size *= 2
@@ -223,8 +224,8 @@ def _lay(words, marks, lengths, bounds, book_words, book_starts, bigrams):
 def lay_phrases(words: np.ndarray, marks: np.ndarray, book: Phrases, bigrams: bool = True) -> np.ndarray:
     """int32 [n]: the phrase that starts at each word; -2 a word on its own, -1 inside a phrase.
 
-    Longest first, never overlapping, and only where ``marks`` (see ``tiling.positions``) allows; pairs of words
-    afterwards on all that is left."""
+    Longest first, never overlapping, and only where ``marks`` (see ``tiling.positions``) allows; pairs of
+    words afterwards on all that is left."""
     bounds = np.searchsorted(book.levels, np.arange(len(PHRASE_LENGTHS) + 1))
     return _lay(words, marks, np.array(PHRASE_LENGTHS), bounds, book.words, book.starts, bigrams)
 

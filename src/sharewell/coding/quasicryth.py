@@ -1,6 +1,7 @@
 """Quasicryth: lossless compression of text by phrases of 2 to 144 words, used in the manner of ``lzma``.
 
-Source: Tacconelli 2026 (2603.14999), after its official code; what differs is told in docs/coding/quasicryth.md.
+Source: Tacconelli 2026 (2603.14999), after its official code; what differs is told in
+docs/coding/quasicryth.md.
 
     >>> from sharewell.coding import quasicryth
     >>> quasicryth.decompress(quasicryth.compress(b"to be or not to be")) == b"to be or not to be"
@@ -9,7 +10,6 @@ Source: Tacconelli 2026 (2603.14999), after its official code; what differs is t
 
 from __future__ import annotations
 
-import builtins
 import io
 import lzma
 import os
@@ -36,16 +36,16 @@ MAGIC = b"SWqc"
 STORED, LZMA, PHRASES = 0, 1, 2
 MODES = {STORED: "stored", LZMA: "lzma", PHRASES: "phrases"}
 _MIN_TEXT = 64  # bytes below which a block is not looked at as text
-_READ_SIZE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to compress. Raises ValueError naming the field and its range.
 
-    level: 1 (fast: binary-looking blocks stay as they are, one layout) to 9 (every block also tried with lzma and
-    with every layout of ``auto``). tiling: where phrases may be looked for, ``auto`` or one of
-    ``tiling.TILINGS``; n_tilings: how many tilings of that kind, None for its usual number.
+    level: 1 (one layout, never lzma) to 9 (every block also tried with lzma and with every layout of
+    ``auto``); at levels between, lzma is tried on blocks that are no text. tiling: where phrases may be
+    looked for, ``auto`` or one of ``tiling.TILINGS``. n_tilings: how many tilings of that kind, None for its
+    usual number.
     """
 
     tiling: str = "auto"
@@ -76,7 +76,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class BlockStats:
-    """One block: its mode, and of a block of phrases the layout, the bytes of each part and the phrases used."""
+    """One block: its mode, and of a block of phrases the layout, the bytes of each part and the phrases
+    used."""
 
     mode: str
     data_bytes: int
@@ -179,9 +180,8 @@ def compress(
 def decompress(data: Buffer, *, max_output: int | None = None) -> bytes:
     """The data of one stream or of several, one after the other.
 
-    Raises a :class:`QuasicrythError`: BadMagic, UnsupportedVersion, Truncated, ChecksumMismatch, or OutputLimit as
-    soon as the data would be larger than ``max_output`` bytes.
-    """
+    Raises a :class:`QuasicrythError`: BadMagic, UnsupportedVersion, Truncated, ChecksumMismatch, or
+    OutputLimit as soon as the data would be larger than ``max_output`` bytes."""
     rest, out = bytes(data), bytearray()
     while True:
         left = None if max_output is None else max_output - len(out)
@@ -267,8 +267,8 @@ class QuasicrythDecompressor:
         return self._reader.unused_data if self.eof else b""
 
     def decompress(self, data: Buffer, max_length: int = -1) -> bytes:
-        """Feed ``data``; at most ``max_length`` bytes of data (-1: all there is). Raises EOFError after the end,
-        and a :class:`QuasicrythError` for a damaged stream."""
+        """Feed ``data``; at most ``max_length`` bytes of data (-1: all there is). Raises EOFError after the
+        end, and a :class:`QuasicrythError` for a damaged stream."""
         if self.eof:
             raise EOFError("end of stream already reached")
         self._reader.feed(bytes(data))
@@ -286,116 +286,6 @@ class QuasicrythDecompressor:
         return out
 
 
-class QuasicrythFile(io.BufferedIOBase):
-    """A binary file that is compressed or decompressed on its way; see :func:`open`."""
-
-    def __init__(self, file: str | os.PathLike[str] | IO[bytes], mode: str = "rb", **settings: Any) -> None:
-        if mode not in ("r", "rb", "w", "wb", "x", "xb", "a", "ab"):
-            raise ValueError(f"mode must be r, w, x or a, with or without b, got {mode!r}")
-        self._own = isinstance(file, str | os.PathLike)
-        self._writing = mode[0] != "r"
-        self._coder: Any = (
-            QuasicrythCompressor(**settings) if self._writing else QuasicrythDecompressor(**settings)
-        )
-        self._settings = settings
-        # a file that is appended to holds one stream after the other
-        self._file: Any = builtins.open(file, mode[0] + "b") if isinstance(file, str | os.PathLike) else file
-        self._rest = b""
-        self._at = 0
-        self._failed: CodecError | None = None
-
-    def readable(self) -> bool:
-        return not self._writing
-
-    def writable(self) -> bool:
-        return self._writing
-
-    def tell(self) -> int:
-        """Bytes of data read or written so far."""
-        return self._at
-
-    def write(self, data: Buffer, /) -> int:
-        """Compress ``data`` into the file; whole blocks reach it at once."""
-        if not self._writing or self.closed:
-            raise io.UnsupportedOperation("not open for writing")
-        self._file.write(self._coder.compress(data))
-        n = memoryview(data).nbytes
-        self._at += n
-        return n
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Up to ``size`` bytes of data, all for -1. Raises a :class:`QuasicrythError` for a damaged file:
-        reading all at once, at once; reading by pieces, behind the last complete block before the damage."""
-        if self._writing or self.closed:
-            raise io.UnsupportedOperation("not open for reading")
-        wanted = -1 if size is None else size
-        out = bytearray()
-        while wanted < 0 or len(out) < wanted:
-            try:
-                part = self._read_part(-1 if wanted < 0 else wanted - len(out))
-            except CodecError:
-                if wanted < 0 or not out:
-                    raise
-                break  # hand out what is good; the next call raises
-            if not part:
-                break
-            out += part
-        self._at += len(out)
-        return bytes(out)
-
-    def read1(self, size: int = -1, /) -> bytes:
-        """What comes next, at most ``size`` bytes of it."""
-        if self._writing or self.closed:
-            raise io.UnsupportedOperation("not open for reading")
-        part = self._read_part(size)
-        self._at += len(part)
-        return part
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill ``buffer`` as far as there is data; returns the number of bytes."""
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def _read_part(self, size: int) -> bytes:
-        if self._failed is not None:
-            raise self._failed
-        try:
-            return self._next_part(size)
-        except CodecError as error:
-            self._failed = error
-            raise
-
-    def _next_part(self, size: int) -> bytes:
-        while True:
-            if self._coder.eof:
-                rest = self._coder.unused_data or self._file.read(_READ_SIZE)
-                if not rest:
-                    return b""
-                self._coder, self._rest = QuasicrythDecompressor(**self._settings), rest
-            chunk, self._rest = self._rest, b""
-            if not chunk and self._coder.needs_input:
-                chunk = self._file.read(_READ_SIZE)
-                if not chunk:
-                    raise Truncated("file ends before its end mark")
-            data = self._coder.decompress(chunk, size)
-            if data:
-                return data
-
-    def close(self) -> None:
-        """Write what is left and close the file (a file object that was given stays open)."""
-        if self.closed:
-            return
-        try:
-            if self._writing:
-                self._file.write(self._coder.flush())
-        finally:
-            if self._own:
-                self._file.close()
-            super().close()
-
-
 def open(  # noqa: A001  as in gzip, bz2 and lzma
     file: str | os.PathLike[str] | IO[bytes],
     mode: str = "rb",
@@ -404,11 +294,14 @@ def open(  # noqa: A001  as in gzip, bz2 and lzma
     errors: str | None = None,
     newline: str | None = None,
     **settings: Any,
-) -> QuasicrythFile | io.TextIOWrapper:
-    """Open a compressed file: ``rb``, ``wb``, ``xb``, ``ab``, or the same with ``t`` for text. ``settings``: those
-    of the compressor (tiling, n_tilings, block_size, level) or of the decompressor (max_output)."""
+) -> Any:
+    """Open a compressed file: ``rb``, ``wb``, ``xb``, ``ab``, or the same with ``t`` for text.
+    ``settings``: those of the compressor (tiling, n_tilings, block_size, level) or of the decompressor
+    (max_output)."""
+    from .files import QuasicrythFile
+
     if "t" in mode:
-        binary = QuasicrythFile(file, mode.replace("t", "") + "b", **settings)
+        binary: Any = QuasicrythFile(file, mode.replace("t", "") + "b", **settings)
         return io.TextIOWrapper(binary, encoding or "utf-8", errors, newline)
     if (encoding, errors, newline) != (None, None, None):
         raise ValueError("encoding, errors and newline are for text mode")
@@ -431,7 +324,6 @@ __all__ = [
     "QuasicrythCompressor",
     "QuasicrythDecompressor",
     "QuasicrythError",
-    "QuasicrythFile",
     "Settings",
     "Truncated",
     "UnsupportedVersion",

@@ -20,8 +20,8 @@ LETTER_WEIGHT_CELLS = 6 * 32 * _INPUTS
 
 @njit(cache=True)
 def code_word(io, buf, cells, state, word, known, length):
-    """One word in ``word`` (uint8 [MAX_RUN]), whose first ``known`` bytes both sides have. Encoding: ``length``
-    is given. Returns the length; -1 for what no encoder writes.
+    """One word in ``word`` (uint8 [MAX_RUN]), whose first ``known`` bytes both sides have. Encoding:
+    ``length`` is given. Returns the length; -1 for what no encoder writes.
 
     ``state``: int64, see ``phrase_model``; its first 16 fields are scratch."""
     letters, weights = state[LETTERS], state[LETTER_WEIGHTS]
@@ -87,8 +87,9 @@ def code_word(io, buf, cells, state, word, known, length):
 
 @njit(cache=True)
 def code_sorted_words(io, buf, cells, state, prefixes, arena, offsets, first, last):
-    """Words ``first..last`` of a list in byte order. Decoding fills ``arena`` and ``offsets``, of which those up
-    to ``first`` must be there; returns -1 for what no encoder writes or what does not fit, else 0."""
+    """Words ``first..last`` of a list in byte order. Decoding fills ``arena`` and ``offsets``, of which
+    those up to ``first`` must be there; returns -1 for what no encoder writes or what does not fit, else
+    0."""
     word = np.zeros(MAX_RUN + 1, np.uint8)
     length = 0
     common = 0

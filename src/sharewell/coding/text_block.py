@@ -8,18 +8,8 @@ from math import isqrt
 import numpy as np
 
 from . import entropy_coder as coder
-from .phrase_model import (
-    FULL,
-    LEVELS,
-    MAX_EVENTS,
-    OK,
-    Model,
-    code_book,
-    new_model,
-    run,
-    set_prior,
-    start_frequencies,
-)
+from .model_state import LEVELS, MAX_EVENTS, Model, new_model, set_prior, start_frequencies
+from .phrase_model import FULL, OK, code_book, run
 from .phrases import Phrases, book_sizes, choose_phrases, keep_phrases, lay_phrases
 from .spelling import code_sorted_words
 from .tiling import PHRASE_LENGTHS, Arm, arm_positions
@@ -53,8 +43,8 @@ class Sizes:
 
 
 def lay_out(tokens: Tokens, arm: Arm, passes: int = 2, counts: np.ndarray | None = None) -> Layout:
-    """Choose phrases and lay them where ``arm`` allows; ``passes``: how often phrases that are hardly used are
-    dropped and the text laid out again."""
+    """Choose phrases and lay them where ``arm`` allows; ``passes``: how often phrases that are hardly used
+    are dropped and the text laid out again."""
     words = tokens.words
     if counts is None:
         counts = np.bincount(words, minlength=tokens.n_words)
@@ -172,13 +162,12 @@ def _code_spaces(
     header: _Header, arena: np.ndarray | None, offsets: np.ndarray | None, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The white-space strings from the fourth on; the first three are "", " " and a line feed."""
-    encoding = arena is not None and offsets is not None
-    n = header.number(4, len(offsets) - 1 if encoding else 0)
+    n = header.number(4, 0 if offsets is None else len(offsets) - 1)
     if not 3 <= n <= MAX_SPACES:
         raise ForgedStream("number of white-space strings is out of range")
     strings = [b"", b" ", b"\n"]
     for k in range(3, n):
-        given = arena[offsets[k] : offsets[k + 1]].tobytes() if encoding else b""
+        given = b"" if arena is None or offsets is None else arena[offsets[k] : offsets[k + 1]].tobytes()
         length = header.number(5, len(given))
         most -= length
         if most < 0:
@@ -186,7 +175,7 @@ def _code_spaces(
         out = bytearray()
         symbol = 0
         for i in range(length):
-            wanted = _SPACES.index(given[i]) if encoding else 0
+            wanted = _SPACES.index(given[i]) if given else 0
             symbol = int(
                 coder.code_tree(header.io, header.buf, header.cells, 1024 + symbol * 4, 2, wanted, 60)
             )
@@ -242,7 +231,7 @@ def encode(layout: Layout, capacity: int) -> tuple[bytes, Sizes] | None:
     after_words = int(io[coder.POSITION])
     history = np.empty(first + n, np.int32)
     history[:first] = sorted_book.words
-    code_book(io, buf, *m, history, levels, _LENGTHS, bounds)
+    code_book(io, buf, m.cells, m.state, history, levels, _LENGTHS, bounds)
     after_phrases = int(io[coder.POSITION])
     history[first:] = remap[words]
     at_event = np.empty(first + n, np.int32)
@@ -253,9 +242,9 @@ def encode(layout: Layout, capacity: int) -> tuple[bytes, Sizes] | None:
     text_events[events >= 0] = n_words + 1 + place[events[events >= 0]]
     escapes = (words[history[first:] == n_words] - BYTE_WORDS).astype(np.int32)
     run(
-        io, buf, *m, np.zeros(MAX_RUN + 1, np.uint8), history, at_event, tokens.spaces, tokens.cases, first, escapes,
-        tokens.arena, tokens.offsets, _casable(arena, offsets), arena, offsets, sorted_book.starts, sorted_book.words, levels,
-        *spaces_of, np.empty(0, np.uint8),
+        io, buf, m.cells, m.state, np.zeros(MAX_RUN + 1, np.uint8), history, at_event, tokens.spaces,
+        tokens.cases, first, escapes, tokens.arena, tokens.offsets, _casable(arena, offsets), arena, offsets,
+        sorted_book.starts, sorted_book.words, levels, spaces_of[0], spaces_of[1], np.empty(0, np.uint8),
     )  # fmt: skip
     size = int(coder.finish(io, buf))
     if io[coder.OVERFLOW] or size > capacity:
@@ -270,7 +259,7 @@ def _code_names(
     prefixes = np.full(16 * 32, coder.HALF, np.int32)
     at = 0
     for _, size in classes:
-        if code_sorted_words(io, buf, *m, prefixes, arena, offsets, at, at + size):
+        if code_sorted_words(io, buf, m.cells, m.state, prefixes, arena, offsets, at, at + size):
             raise ForgedStream("word list")
         at += size
 
@@ -287,8 +276,8 @@ def _casable(arena: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def decode(data: bytes, size: int) -> bytes:
-    """The block of exactly ``size`` bytes. Raises ForgedStream for anything else. Takes memory in proportion to
-    ``size``, whatever the stream says."""
+    """The block of exactly ``size`` bytes. Raises ForgedStream for anything else. Takes memory in
+    proportion to ``size``, whatever the stream says."""
     buf = _writable(data)
     io = coder.new_decoder(buf)
     header = _Header(io, buf)
@@ -311,14 +300,14 @@ def decode(data: bytes, size: int) -> bytes:
     _code_names(io, buf, m, classes, arena, offsets)
     arena = arena[: offsets[-1]]
     history = np.zeros(first + n, np.int32)
-    if code_book(io, buf, *m, history, levels, _LENGTHS, bounds) != OK:
+    if code_book(io, buf, m.cells, m.state, history, levels, _LENGTHS, bounds) != OK:
         raise ForgedStream("phrases")
     at_event = np.full(first + n, -1, np.int32)
     at_event[:first] = history[:first]
     starts = np.concatenate([[0], np.cumsum(_LENGTHS[levels])]).astype(np.int64)
     out = np.empty(size, np.uint8)
     status, written = run(
-        io, buf, *m, np.zeros(MAX_RUN + 1, np.uint8), history, at_event, np.zeros(n, np.uint16),
+        io, buf, m.cells, m.state, np.zeros(MAX_RUN + 1, np.uint8), history, at_event, np.zeros(n, np.uint16),
         np.zeros(n, np.uint8), first, np.empty(0, np.int32), np.empty(0, np.uint8), np.zeros(1, np.int64),
         _casable(arena, offsets), arena, offsets, starts, history[:first].copy(), levels, space_arena,
         space_offsets, out,

@@ -89,7 +89,8 @@ def cut_and_project(alpha, phase, n_words):
 
 @njit(cache=True)
 def periodic(pattern, shift, n_words):
-    """Tiles that repeat ``pattern`` (1 long, 0 short) from word ``shift`` on; single words before it are short."""
+    """Tiles that repeat ``pattern`` (1 long, 0 short) from word ``shift`` on; single words before it are
+    short."""
     starts, long = np.empty(n_words, np.int32), np.empty(n_words, np.uint8)
     n, at, k = 0, 0, 0
     while at < n_words:
@@ -107,10 +108,12 @@ def periodic(pattern, shift, n_words):
 
 @njit(cache=True)
 def mark_hierarchy(starts, long, n_words, lengths, marks):
-    """Set bit m of ``marks[i]`` where a long tile of level m that spans ``lengths[m]`` words starts at word i.
+    """Set bit m of ``marks[i]`` where a long tile of level m that spans ``lengths[m]`` words starts at word
+    i.
 
-    Deflation: a neighbouring pair (long, short) becomes long on the next level, any other tile short. Tiles whose
-    span is another one (after merged short tiles) are passed over. ``starts`` and ``long`` are used up."""
+    Deflation: a neighbouring pair (long, short) becomes long on the next level, any other tile short. Tiles
+    whose span is another one (after merged short tiles) are passed over. ``starts`` and ``long`` are used
+    up."""
     n = starts.size
     for level in range(lengths.size):
         any_long = False

@@ -1,10 +1,10 @@
 """Text as words: what a word is, which case it is in, which white space follows it.
 
-A token is a maximal run of ASCII letters and bytes from 128 up, or one other byte; the white space after it (space,
-tab, line feed, carriage return) belongs to it. Case and white space are taken off, so that ``The`` at the start of
-a line and ``the`` inside one are the same word. Runs of more than 255 bytes are split: nothing is ever lost.
-Follows Tacconelli 2026 (2603.14999), which keeps the white space in the word; splitting it off is ours.
-"""
+A token is a maximal run of ASCII letters and bytes from 128 up, or one other byte; the white space after it
+(space, tab, line feed, carriage return) belongs to it. Case and white space are taken off, so that ``The``
+at the start of a line and ``the`` inside one are the same word. Runs of more than 255 bytes are split:
+nothing is ever lost. Follows Tacconelli 2026 (2603.14999), which keeps the white space in the word;
+splitting it off is ours."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def count_tokens(raw, classes):
 
 @njit(cache=True)
 def _case_of(raw, start, end):
-    """The case flag under which lower-casing can be undone exactly; else PLAIN, and the word stays as it is."""
+    """The case flag under which lower-casing can be undone exactly; else PLAIN, and the word stays as it
+    is."""
     upper = lower = first = 0
     for i in range(start, end):
         b = raw[i]

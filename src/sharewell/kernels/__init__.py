@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .aie_model import AieModel, AieReport, board_timings
     from .aie_streams import StreamShape, simulate_streams
+    from .attention import MAX_ITEM_ROWS, attention_entries, scratch_floats
     from .packing import (
         FORMATS,
         GROUP,
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
         quantize_int8,
         unpack,
     )
+    from .shape import DOWN, GATE_UP, OUT, QKV
+    from .simd import X_RECORD
+    from .step import PHASES, decoder_step
+    from .team import sync_words
     from .temporal_gemm import GemmStats, TemporalGemm, measure_rates
     from .temporal_linear import TemporalLinear
     from .temporal_operands import Fetch, open_safetensors
@@ -29,21 +34,30 @@ if TYPE_CHECKING:
 _HOME = {
     "AieModel": "aie_model",
     "AieReport": "aie_model",
+    "DOWN": "shape",
     "FORMATS": "packing",
     "Fetch": "temporal_operands",
+    "GATE_UP": "shape",
     "GROUP": "packing",
     "GemmPlan": "temporal_plan",
     "GemmStats": "temporal_gemm",
+    "MAX_ITEM_ROWS": "attention",
     "MachineRates": "temporal_plan",
+    "OUT": "shape",
     "PAD": "packing",
+    "PHASES": "step",
     "PackedMatrix": "packing",
+    "QKV": "shape",
     "ResumeError": "temporal_resume",
     "StreamShape": "aie_streams",
     "TemporalGemm": "temporal_gemm",
     "TemporalGemmConfig": "temporal_plan",
     "TemporalLinear": "temporal_linear",
     "WorkspaceTooSmall": "temporal_plan",
+    "X_RECORD": "simd",
+    "attention_entries": "attention",
     "board_timings": "aie_model",
+    "decoder_step": "step",
     "measure_rates": "temporal_gemm",
     "open_safetensors": "temporal_operands",
     "pack_dense": "packing",
@@ -51,7 +65,9 @@ _HOME = {
     "pack_int8": "packing",
     "quantize_int4": "packing",
     "quantize_int8": "packing",
+    "scratch_floats": "attention",
     "simulate_streams": "aie_streams",
+    "sync_words": "team",
     "unpack": "packing",
 }
 __all__ = sorted([*_HOME, "available"])  # pyright: ignore[reportUnsupportedDunderAll]

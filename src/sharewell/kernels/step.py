@@ -33,7 +33,7 @@ from .team import UNIT, complete, finish, part, take, work_item, work_items
 from .vectors import address, load_f32, quantize_row, silu_product, subtract_quantized
 
 LANES = 16
-PHASES = 11  # of a layer at most: seven, and four more with adapters
+PHASES = 12  # of a layer at most: eight, and four more with adapters
 
 
 @compiled(fastmath={"reassoc", "contract"})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         SentenceTransformersFolder,
         load_embedder,
     )
-    from .fused import FusedDecoder, TiledPool
+    from .fused import FusedDecoder, TiledPool, supports
     from .interface_decoder import InterfaceDecoder
     from .lora import AdapterError, LoraAdapter, load_peft_adapter
     from .registry import SOURCES, Source, cache_root, cached, resolve_model
@@ -43,6 +43,7 @@ _HOME = {
     "load_embedder": "embedder",
     "FusedDecoder": "fused",
     "TiledPool": "fused",
+    "supports": "fused",
     "InterfaceDecoder": "interface_decoder",
     "AdapterError": "lora",
     "LoraAdapter": "lora",

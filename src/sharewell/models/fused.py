@@ -7,17 +7,23 @@ activations rounded to int8 in groups of 32.
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..kernels.attention import MAX_ITEM_ROWS, attention_entries
-from ..kernels.shape import GATE_UP
-from ..kernels.step import PHASES, decoder_step
-from ..kernels.team import sync_words
+from ..kernels import (
+    DOWN,
+    GATE_UP,
+    MAX_ITEM_ROWS,
+    OUT,
+    PHASES,
+    QKV,
+    attention_entries,
+    decoder_step,
+    sync_words,
+)
 from .fused_weights import FusedAdapters, FusedWeights, supports
 from .rope import inverse_frequencies, rope_tables
 from .step_team import Team, TiledPool, Workspace
@@ -26,8 +32,10 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .lora import LoraAdapter
 
-# Matrices whose int8 activations carry what their rounding left out, as a second int8 term.
-PRECISE_MATRICES = int(os.environ.get("PM", "0"))
+# Matrices whose int8 activations carry what their rounding left out, as a second int8 term: the smaller half
+# of
+# the work. The engine's benchmark measures the perplexity that is left.
+PRECISE_MATRICES = 1 << QKV | 1 << OUT | 1 << DOWN
 
 __all__ = ["FusedDecoder", "TiledPool", "supports"]
 
@@ -143,12 +151,12 @@ class FusedDecoder:
         if self._shape is None or self._shape[0] is not pool:
             c = self.config
             half = int(self._weights.matrices[0, GATE_UP, 2]) // 2
+            quantized, narrow = self.format in ("int8", "int4"), self.dtype == torch.bfloat16
             values = [
                 c.n_layers, c.hidden_size, c.n_heads, c.n_kv_heads, c.head_dim, c.intermediate_size,
                 pool.block_size, pool.block_bytes, pool.layer_bytes, pool.values_at, pool.address,
-                c.sliding_window or 0, int(self.dtype == torch.bfloat16), int(self.format in ("int8",
-                "int4")), int(c.qk_norm), half,
-                PRECISE_MATRICES, *attention_entries(self.dtype == torch.bfloat16),
+                c.sliding_window or 0, int(narrow), int(quantized), int(c.qk_norm), half,
+                PRECISE_MATRICES if quantized else 0, *attention_entries(narrow),
             ]  # fmt: skip
             self._shape = pool, np.array(values, np.int64)
         return self._shape[1]

@@ -11,9 +11,17 @@ import numpy as np
 import torch
 
 from .. import kernels
-from ..kernels import PackedMatrix, pack_dense, pack_int4, pack_int8, quantize_int4, quantize_int8
-from ..kernels.attention import MAX_ITEM_ROWS
-from ..kernels.shape import GATE_UP, QKV
+from ..kernels import (
+    GATE_UP,
+    MAX_ITEM_ROWS,
+    QKV,
+    PackedMatrix,
+    pack_dense,
+    pack_int4,
+    pack_int8,
+    quantize_int4,
+    quantize_int8,
+)
 from .config import ModelError
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..kernels.attention import scratch_floats
-from ..kernels.simd import X_RECORD
+from ..kernels import X_RECORD, scratch_floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +73,7 @@ class Workspace:
 
 
 class Team:
-    """Threads that run one compiled step together: the caller, and ``threads - 1`` helpers that sleep between.
+    """Threads that run one compiled step together: the caller, and ``threads - 1`` helpers asleep between.
 
     The caller's part ends when the whole step is done. A helper that the machine holds up may come to a step
     when it is over; it finds nothing to do and goes on with the newest one.

@@ -36,7 +36,7 @@ class Choice:
 
 def choose(config: EngineConfig, model: ModelConfig, stored_bits: int) -> Choice:
     """Resolve ``dtype`` and ``runner``. Raises ValueError when the asked combination cannot run here."""
-    from ...models.fused import supports
+    from ...models import supports
 
     format, reason = config.dtype, "as configured"
     if format == "auto":

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 BUILDER = "sharewell.serving.core.host:build"
 MOST_DEATHS = 3  # of engines under one request; it may be what kills them
+SLOWEST_START_S = 600.0  # then it hangs
 SOUND_S = 30.0  # an engine that lived that long is not in a crash loop
 
 
@@ -115,6 +116,7 @@ class AsyncEngine:
         self._ready = asyncio.Event()
         self._closing = self._draining = False
         self._lost: Exception | None = None
+        self._obstacle = ""  # why the last restart failed
         self._competition: CompetitionMonitor | None = None
 
     @classmethod
@@ -291,32 +293,41 @@ class AsyncEngine:
             if live.deaths > MOST_DEATHS:
                 self._fail(request_id, "engine_lost")
         died = self._clock.monotonic()
-        deadline = died + self._recover_timeout_s
         if died - self._launched_s >= SOUND_S:
             self._pause_s = 0.0
-        while not self._closing:
-            wake = self._clock.monotonic() + self._pause_s
-            await self._clock.sleep_until(wake if self._lost else min(wake, deadline))
-            self._pause_s = min(30.0, max(0.5, 2 * self._pause_s))
-            try:
-                left = deadline - self._clock.monotonic() if self._lost is None else self._recover_timeout_s
-                async with asyncio.timeout(max(0.1, left)):
-                    await self._launch()
-                break
-            except (EngineFailed, OSError, TimeoutError) as error:
-                self._kill()
-                self._close_writer()
-                log.error("the engine could not be restarted: %s", error or "timeout")
-                if self._lost is None and self._clock.monotonic() + self._pause_s >= deadline:
-                    self._lost = EngineFailed(f"the engine could not be restarted: {error or 'timeout'}")
-                    for request_id in list(self._live):
-                        self._fail(request_id, "engine_lost")
+        give_up = asyncio.create_task(self._give_up(died + self._recover_timeout_s))
+        try:
+            await self._relaunch()
+        finally:
+            give_up.cancel()
         if self._closing:
             return
-        self._lost = None
+        self._lost, self._obstacle = None, ""
         self.restarts += 1
         for live in self._live.values():
             self._write([SUBMIT, to_wire(live.resumed())])
+
+    async def _relaunch(self) -> None:
+        """Start engines until one is ready, with longer and longer pauses."""
+        while not self._closing:
+            await self._clock.sleep_until(self._clock.monotonic() + self._pause_s)
+            self._pause_s = min(30.0, max(0.5, 2 * self._pause_s))
+            try:
+                async with asyncio.timeout(SLOWEST_START_S):
+                    await self._launch()
+                return
+            except (EngineFailed, OSError, TimeoutError) as error:
+                self._kill()
+                self._close_writer()
+                self._obstacle = str(error) or "it was not ready in time"
+                log.error("the engine could not be restarted: %s", self._obstacle)
+
+    async def _give_up(self, deadline: float) -> None:
+        """At ``deadline`` end every stream, and refuse requests until an engine is ready after all."""
+        await self._clock.sleep_until(deadline)
+        self._lost = EngineFailed(f"the engine could not be restarted: {self._obstacle or 'it takes long'}")
+        for request_id in list(self._live):
+            self._fail(request_id, "engine_lost")
 
     def _fail(self, request_id: str, error: str) -> None:
         """End a request's unfinished choices with an error."""
