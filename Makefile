@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 MODEL ?= smollm2
 WORKERS ?= 2
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks examples
 
 # One thread a process, waiting passively: threads that fight for a core make everything many times slower.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE

@@ -64,9 +64,13 @@ def exact(problem: Problem, seconds: float) -> tuple[float, float]:
     groups, size = len(problem.group_size), problem.size / problem.size.mean()
     r, col, v, high = [], [], [], []
     for d in range(dims):
-        r.append(j * dims + d), col.append(np.arange(k)), v.append(problem.demand[i, d])
+        r.append(j * dims + d)
+        col.append(np.arange(k))
+        v.append(problem.demand[i, d])
     high.append(problem.capacity.reshape(-1))
-    r.append(m * dims + i), col.append(np.arange(k)), v.append(np.ones(k))
+    r.append(m * dims + i)
+    col.append(np.arange(k))
+    v.append(np.ones(k))
     high.append(np.ones(n))
     at = m * dims + n
     for g in range(groups):

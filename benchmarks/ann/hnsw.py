@@ -170,7 +170,7 @@ def churn(vectors: np.ndarray, queries: np.ndarray, rng: np.random.Generator) ->
         import hnswlib  # pyright: ignore[reportMissingImports]
 
         peer = hnswlib.Index(space="l2", dim=dim)
-        peer.init_index(n, ef_construction=200, M=16, allow_replace_deleted=True)
+        peer.init_index(n, ef_construction=200, M=16, allow_replace_deleted=True)  # pyright: ignore[reportCallIssue]
         peer.set_num_threads(1)
         peer.add_items(vectors, np.arange(n))
     for _ in range(5):
@@ -317,4 +317,4 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             progress,
         )
         rows += found
-    return Report("hnsw", scale, tuple(rows), environment(), seed)
+    return Report("hnsw", scale, tuple(rows), environment(), seed)  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sharewell.ann import FlatIndex, HNSWConfig, HNSWIndex, HNSWTransformer, IndexFormatError
-from sharewell.ann.base import METRICS
+from sharewell.ann.base import METRICS, Metric, Strategy
 from sharewell.ann.graph import reachable
 
 
@@ -63,7 +63,7 @@ def built(corpus: np.ndarray) -> HNSWIndex:
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("strategy", ["graph", "scan"])
-def test_with_ef_of_all_vectors_the_answer_is_brute_force(metric: str, strategy: str):
+def test_with_ef_of_all_vectors_the_answer_is_brute_force(metric: Metric, strategy: Strategy):
     rng = np.random.default_rng(1)
     vectors, queries = (rng.standard_normal((n, 24)).astype(np.float32) for n in (2000, 50))
     index = HNSWIndex(24, metric=metric)
@@ -86,7 +86,7 @@ def test_recall_on_clustered_vectors(built: HNSWIndex, corpus: np.ndarray):
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.001])
 @pytest.mark.parametrize("strategy", ["auto", "graph"])
 def test_a_filter_lets_only_its_labels_through(
-    built: HNSWIndex, corpus: np.ndarray, share: float, strategy: str
+    built: HNSWIndex, corpus: np.ndarray, share: float, strategy: Strategy
 ):
     rng = np.random.default_rng(2)
     allowed = rng.choice(len(corpus), int(share * len(corpus)), replace=False)

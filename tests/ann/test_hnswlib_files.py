@@ -1,4 +1,4 @@
-"""hnswlib's file format: a file of ours read back, damage noticed. The benchmark lets hnswlib itself read one."""
+"""hnswlib's file format: a file of ours is read back, and damage is noticed."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "llama-tied": lambda: t.LlamaConfig(**_COMMON, tie_word_embeddings=True),
         "llama3-rope": lambda: t.LlamaConfig(**_COMMON, rope_parameters=_LLAMA3),
         "qwen2": lambda: t.Qwen2Config(**_COMMON),
-        "qwen3": lambda: t.Qwen3Config(**(_COMMON | {"hidden_size": 128})),  # not heads * head_dim
-        "mistral": lambda: t.MistralConfig(**_COMMON, sliding_window=24),
+        "qwen3": lambda: t.Qwen3Config(**{**_COMMON, "hidden_size": 128}),  # not heads * head_dim
+        "mistral": lambda: t.MistralConfig(**{**_COMMON, "sliding_window": 24}),
         "gpt2": lambda: t.GPT2Config(
             **_SMALL, n_embd=48, n_layer=3, n_head=4, n_positions=256, attn_pdrop=0.0, resid_pdrop=0.0
         ),

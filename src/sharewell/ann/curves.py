@@ -26,7 +26,8 @@ class Contender(ABC):
     package: str  # to import; empty for ours
 
     def __init__(self, dim: int, metric: Metric, m: int, ef_construction: int) -> None:
-        self.dim, self.metric, self.m, self.ef_construction = dim, metric, m, ef_construction
+        self.metric: Metric = metric
+        self.dim, self.m, self.ef_construction = dim, m, ef_construction
 
     @classmethod
     def installed(cls) -> bool:

@@ -143,8 +143,7 @@ def run(
 
     Example: sharewell gemm run a.npy b.npy c.npy --workspace 64MB
     """
-    from ..bench import no_progress
-    from ..bench import progress_bars
+    from ..bench import no_progress, progress_bars
     from .temporal_gemm import TemporalGemm
     from .temporal_operands import as_operand, transposed
 

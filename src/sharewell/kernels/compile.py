@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 @contextmanager
 def _own_cache() -> Iterator[None]:
     """numba decides where a function's code is kept when the function is decorated."""
-    config: Any = numba.config
+    config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
     given = config.CACHE_DIR
     config.CACHE_DIR = given or str(cache_folder())
     try:

@@ -157,9 +157,9 @@ class InterfaceDecoder:
             shapes.add((*k.shape[1:], *v.shape[1:]))
             outs = []
             for first, end in pairwise(bounds):
-                parts = [t[first:end].transpose(0, 1)[None] for t in (q, k, v)]
+                query, key, value = (t[first:end].transpose(0, 1)[None] for t in (q, k, v))
                 out = torch.nn.functional.scaled_dot_product_attention(
-                    *parts, is_causal=True, scale=scale, enable_gqa=True
+                    query, key, value, is_causal=True, scale=scale, enable_gqa=True
                 )
                 outs.append(out[0].transpose(0, 1))
             return torch.cat(outs)

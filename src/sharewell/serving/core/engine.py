@@ -151,7 +151,7 @@ class EngineCore:
             0,
         )
         self._step_s = self._forward_s = 0.0
-        self._prefill_s_per_token = 0.0
+        self._prefill_s = self._prefill_tokens = 0.0  # of recent steps with prompts in them
         self._deadlines = 0  # unfinished choices that have one
 
     # Requests
@@ -297,10 +297,9 @@ class EngineCore:
             self._forward_s += forward
             new = len(batch.token_ids)
             if new > len(plan):
-                seconds = forward / new
-                self._prefill_s_per_token += (seconds - self._prefill_s_per_token) * (
-                    0.1 if self._prefill_s_per_token else 1
-                )
+                # weighted by tokens: a step of few costs much more for each of them
+                self._prefill_s = 0.9 * self._prefill_s + forward
+                self._prefill_tokens = 0.9 * self._prefill_tokens + new
             self._commit(plan, sampled, logits)
             self._counters["steps"] += 1
         outputs, self._outputs = self._outputs, []
@@ -540,7 +539,7 @@ class EngineCore:
     def reset_counters(self) -> None:
         """Start the statistics anew (after warming up)."""
         self._counters = dict.fromkeys(self._counters, 0)
-        self._step_s = self._forward_s = self._prefill_s_per_token = 0.0
+        self._step_s = self._forward_s = self._prefill_s = self._prefill_tokens = 0.0
         self.scheduler.preemptions = 0
         self.blocks.queried_tokens = self.blocks.hit_tokens = 0
 
@@ -563,7 +562,7 @@ class EngineCore:
             preemptions=self.scheduler.preemptions,
             step_s=self._step_s,
             forward_s=self._forward_s,
-            prefill_s_per_token=self._prefill_s_per_token,
+            prefill_s_per_token=self._prefill_s / self._prefill_tokens if self._prefill_tokens else 0.0,
             adapters=tuple(sorted(self.adapters.known)),
             **self._counters,
         )

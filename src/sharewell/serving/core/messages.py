@@ -72,9 +72,9 @@ class SamplingParams:
             value = getattr(self, name)
             _require(finite(value) and -2 <= value <= 2, name, "in [-2, 2]", value)
         _require(
-            finite(self.repetition_penalty) and 0 < self.repetition_penalty <= 10,
+            finite(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 10,
             "repetition_penalty",
-            "in (0, 10]",
+            "in [0.01, 10]",
             self.repetition_penalty,
         )
         _require(0 <= self.seed < 2**64, "seed", "in [0, 2**64)", self.seed)
