@@ -37,6 +37,11 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(cell or " " for cell in cells) + " |"
 
 
+def not_run(slug: str) -> str:
+    """What a page says before its benchmark has run at full scale."""
+    return f"No full run is recorded yet: `sharewell bench {slug} --scale full` prints the table."
+
+
 def markdown(report: Report) -> str:
     """A table of all rows, then the machine in one line."""
     head = [

@@ -104,7 +104,8 @@ async def _one(client: httpx.AsyncClient, model: str, prompt: Prompt, new_tokens
 
 
 async def _load(url: str, model: str, prompts: list[Prompt], new_tokens: int, clients: int) -> Load:
-    limits = httpx.Limits(max_connections=clients)
+    # A connection for each request: some servers close kept ones just when the next request comes.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         turn = asyncio.Semaphore(clients)
 

@@ -85,7 +85,7 @@ def perplexity_rows(
     from sharewell.models import resolve_model
     from sharewell.serving.core.cores import usable_cores
 
-    tokens = 32_768 if scale == "full" else 1_024
+    tokens = 16_384 if scale == "full" else 1_024
     folder = resolve_model("smollm2", progress=False)
     found = compare(folder, tokens=tokens, threads=threads or usable_cores(), progress=progress)
     claims = {

@@ -20,7 +20,11 @@ _TILINGS = "auto, fibonacci, multi, period5, none or all"
 
 qtc_app = typer.Typer(help="Compress text without loss, and see what the tiling buys.", no_args_is_help=True)
 mec_app = typer.Typer(help="Couple distributions; hide a message in what a model says.", no_args_is_help=True)
-stego_app = typer.Typer(help="Hide a message in the text of a language model.", no_args_is_help=True)
+stego_app = typer.Typer(
+    help="Hide a message in the text of a language model.\n\n"
+    "Example: sharewell mec stego encode --model my-model --message c0ffee --rate 0.5 --out text.json",
+    no_args_is_help=True,
+)
 mec_app.add_typer(stego_app, name="stego")
 
 Files = Annotated[list[Path], typer.Argument(help="Files; - is standard input.")]

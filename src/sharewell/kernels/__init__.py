@@ -74,7 +74,7 @@ __all__ = sorted([*_HOME, "available"])  # pyright: ignore[reportUnsupportedDund
 
 
 def available() -> bool:
-    """True where the bfloat16 and quantised kernels can run (AVX512-BF16)."""
+    """True where the bfloat16 and quantised kernels can run (AVX512-VNNI)."""
     from .simd import available as simd_available
 
     return simd_available()
