@@ -121,16 +121,19 @@ class GossipLog:
         self._state: dict[bytes, int] = {}
         self._aside: dict[bytes, int] = {}  # runs that wait, by author
         self._count = 0
+        # An existing file that holds nothing has lost it: only a file that is not there, or empty, is a new
+        # log.
+        existing = Path(path).is_file() and Path(path).stat().st_size > 0
         self._db = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
         try:
-            self._open(identity)
+            self._open(identity, existing)
         except (sqlite3.Error, GossipFormatError, TypeError, ValueError) as error:
             self._db.close()
             if isinstance(error, DamagedLog):
                 raise
             raise DamagedLog(f"{self._name}: not a gossip log, or damaged ({error})") from None
 
-    def _open(self, identity: Identity | None) -> None:
+    def _open(self, identity: Identity | None, existing: bool) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA cell_size_check=ON")
@@ -160,7 +163,7 @@ class GossipLog:
         for (message,) in self._db.execute("SELECT message FROM aside"):
             decode(message)
         meta = dict(self._db.execute("SELECT key, value FROM meta"))
-        if (meta or self._heads or self._state) and meta.get("hash") != self.hash():
+        if (meta or existing) and meta.get("hash") != self.hash():
             raise DamagedLog(f"{self._name}: the rows are not those that were written last")
         secret = meta.get("secret")
         if (
