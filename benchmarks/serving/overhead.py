@@ -21,8 +21,7 @@ import numpy as np
 
 from sharewell.bench import usable_cores
 from sharewell.models import IncrementalDetokenizer, LoraAdapter, Tokenizer, resolve_model
-from sharewell.serving.core import AsyncEngine, EngineConfig, EngineRequest, SamplingParams
-from sharewell.serving.core.host import Built, build
+from sharewell.serving.core import AsyncEngine, Built, EngineConfig, EngineRequest, SamplingParams, build
 from sharewell.serving.core.runner import Runner, StepBatch
 
 from .workload import Prompt

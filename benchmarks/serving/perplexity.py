@@ -1,4 +1,7 @@
-"""Perplexity of the fused decoder's number formats on a text that every Python ships.
+"""Perplexity of the fused decoder's number formats on two texts that every Python ships.
+
+Which matrices int4 passes to twice (``PRECISE_MATRICES``) was chosen on the first, Python's help topics; the
+second, docstrings of its standard library, had no part in that choice.
 
 The reference is the same checkpoint in float32: for SmolLM2, the dequantised GGUF. All formats see the same
 windows, so the ratios have far less spread than the perplexities.
@@ -6,6 +9,7 @@ windows, so the ratios have far less spread than the perplexities.
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +22,31 @@ from sharewell.models import Checkpoint, FusedDecoder, Tokenizer
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 
-def passage(tokenizer: Tokenizer, n: int) -> np.ndarray:
-    """The first ``n`` token ids of Python's own help topics (``pydoc_data``), in the order of their names."""
+def help_topics() -> str:
+    """Python's own help topics (``pydoc_data``), in the order of their names."""
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def docstrings() -> str:
+    """The docstrings of the standard library's modules, classes and functions of 200 characters and more, in
+    the order of the files' names."""
+    found = []
+    for path in sorted(Path(ast.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if len(text) >= 200:
+                    found.append(text)
+    return "\n\n".join(found)
+
+
+TEXTS = {"Python's help topics": help_topics, "the standard library's docstrings": docstrings}
+
+
+def passage(tokenizer: Tokenizer, text: str, n: int) -> np.ndarray:
+    """The first ``n`` token ids of ``text``."""
     ids: list[int] = []
     for start in range(0, len(text), 20_000):
         if len(ids) >= n:
@@ -62,14 +86,15 @@ def perplexity(
 def compare(
     folder: Path,
     *,
+    text: str | None = None,
     tokens: int = 8192,
     formats: tuple[str, ...] = FORMATS,
     window: int = 512,
     threads: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Perplexity of ``folder`` in each format on the first ``tokens`` tokens of the passage."""
-    ids = passage(Tokenizer(folder), tokens)
+    """Perplexity of ``folder`` in each format on the first ``tokens`` tokens of ``text`` (the help topics)."""
+    ids = passage(Tokenizer(folder), help_topics() if text is None else text, tokens)
     found = {}
     for done, format in enumerate(formats):
         progress("perplexity", done, len(formats))
@@ -87,22 +112,27 @@ def perplexity_rows(
 
     tokens = 16_384 if scale == "full" else 1_024
     folder = resolve_model("smollm2", progress=False)
-    found = compare(folder, tokens=tokens, threads=threads or usable_cores(), progress=progress)
     claims = {
         "int4": "(c) int4 perplexity within 0.3 % of the dequantised GGUF",
         "int8": "int8 perplexity beside it",
         "bfloat16": "bfloat16 perplexity beside it",
     }
-    return [
-        Row(
-            f"perplexity of {format}, {tokens:,} tokens of Python's help topics",
-            found[format],
-            found["float32"],
-            "",
-            "lower",
-            "dequantised GGUF in float32",
-            claim=claim,
-            target=1 / 1.003 if format == "int4" else None,
+    rows = []
+    for name, text in TEXTS.items():
+        found = compare(
+            folder, text=text(), tokens=tokens, threads=threads or usable_cores(), progress=progress
         )
-        for format, claim in claims.items()
-    ]
+        rows += [
+            Row(
+                f"perplexity of {format}, {tokens:,} tokens of {name}",
+                found[format],
+                found["float32"],
+                "",
+                "lower",
+                "dequantised GGUF in float32",
+                claim=claim,
+                target=1 / 1.003 if format == "int4" else None,
+            )
+            for format, claim in claims.items()
+        ]
+    return rows

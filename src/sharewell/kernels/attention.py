@@ -105,13 +105,13 @@ def _scores_bf16(keys, q, ldq, rows, dim, out, ldo, _a, _b):
     while t < rows:
         left, qt, ot = rows - t, q + t * ldq, out + t * ldo
         if left >= 12:
-            tile_bf16(1, 12, 0, 64, 1, keys, 0, qt, ldq, dim, ot, ldo)
+            tile_bf16(1, 12, 0, 64, 0, 1, keys, 0, qt, ldq, dim, ot, ldo)
             t += 12
         elif left >= 3:
-            tile_bf16(1, 3, 0, 64, 1, keys, 0, qt, ldq, dim, ot, ldo)
+            tile_bf16(1, 3, 0, 64, 0, 1, keys, 0, qt, ldq, dim, ot, ldo)
             t += 3
         else:
-            tile_bf16(1, 1, 0, 64, 1, keys, 0, qt, ldq, dim, ot, ldo)
+            tile_bf16(1, 1, 0, 64, 0, 1, keys, 0, qt, ldq, dim, ot, ldo)
             t += 1
 
 
@@ -121,13 +121,13 @@ def _scores_f32(keys, q, ldq, rows, dim, out, ldo, _a, _b):
     while t < rows:
         left, qt, ot = rows - t, q + t * ldq, out + t * ldo
         if left >= 12:
-            tile_f32(1, 12, 0, 64, keys, 0, qt, ldq, dim, ot, ldo)
+            tile_f32(1, 12, 0, 64, 0, keys, 0, qt, ldq, dim, ot, ldo)
             t += 12
         elif left >= 3:
-            tile_f32(1, 3, 0, 64, keys, 0, qt, ldq, dim, ot, ldo)
+            tile_f32(1, 3, 0, 64, 0, keys, 0, qt, ldq, dim, ot, ldo)
             t += 3
         else:
-            tile_f32(1, 1, 0, 64, keys, 0, qt, ldq, dim, ot, ldo)
+            tile_f32(1, 1, 0, 64, 0, keys, 0, qt, ldq, dim, ot, ldo)
             t += 1
 
 
@@ -142,16 +142,16 @@ def _mix_bf16(values, p, ldp, rows, dim, out, ldo, _a, _b):
             left, pt, ot = rows - t, p + t * ldp, on + t * ldo
             if wide and left >= 12:
                 for half in range(2):
-                    tile_bf16(2, 12, 1, 64, 0, v + 1024 * half, 512, pt, ldp, 16, ot + 128 * half, ldo)
+                    tile_bf16(2, 12, 1, 64, 0, 0, v + 1024 * half, 512, pt, ldp, 16, ot + 128 * half, ldo)
                 t += 12
             elif wide and left >= 3:
-                tile_bf16(4, 3, 1, 64, 0, v, 512, pt, ldp, 16, ot, ldo)
+                tile_bf16(4, 3, 1, 64, 0, 0, v, 512, pt, ldp, 16, ot, ldo)
                 t += 3
             elif wide:
-                tile_bf16(4, 1, 1, 64, 0, v, 512, pt, ldp, 16, ot, ldo)
+                tile_bf16(4, 1, 1, 64, 0, 0, v, 512, pt, ldp, 16, ot, ldo)
                 t += 1
             else:
-                tile_bf16(1, 1, 1, 64, 0, v, 512, pt, ldp, 16, ot, ldo)
+                tile_bf16(1, 1, 1, 64, 0, 0, v, 512, pt, ldp, 16, ot, ldo)
                 t += 1
         n += 4 if wide else 1
 
@@ -166,13 +166,13 @@ def _mix_f32(values, p, ldp, rows, dim, out, ldo, _a, _b):
         while t < rows:
             left, pt, ot = rows - t, p + t * ldp, on + t * ldo
             if wide and left >= 3:
-                tile_f32(4, 3, 1, 64, v, 1024, pt, ldp, 16, ot, ldo)
+                tile_f32(4, 3, 1, 64, 0, v, 1024, pt, ldp, 16, ot, ldo)
                 t += 3
             elif wide:
-                tile_f32(4, 1, 1, 64, v, 1024, pt, ldp, 16, ot, ldo)
+                tile_f32(4, 1, 1, 64, 0, v, 1024, pt, ldp, 16, ot, ldo)
                 t += 1
             else:
-                tile_f32(1, 1, 1, 64, v, 1024, pt, ldp, 16, ot, ldo)
+                tile_f32(1, 1, 1, 64, 0, v, 1024, pt, ldp, 16, ot, ldo)
                 t += 1
         n += 4 if wide else 1
 

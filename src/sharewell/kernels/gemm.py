@@ -19,19 +19,19 @@ def _rows_f32(w, first, blocks, x, ldx, rows, k, out, ldo):
     while t < rows:
         left, xt, ot = rows - t, x + t * ldx, out + t * ldo
         if blocks == 4 and left >= 6:
-            tile_f32(4, 6, 1, 256, w, 64, xt, ldx, k, ot, ldo)
+            tile_f32(4, 6, 1, 256, 1, w, 64, xt, ldx, k, ot, ldo)
             t += 6
         elif blocks == 4 and left >= 2:
-            tile_f32(4, 2, 1, 256, w, 64, xt, ldx, k, ot, ldo)
+            tile_f32(4, 2, 1, 256, 1, w, 64, xt, ldx, k, ot, ldo)
             t += 2
         elif blocks == 4:
-            tile_f32(4, 1, 1, 256, w, 64, xt, ldx, k, ot, ldo)
+            tile_f32(4, 1, 1, 256, 1, w, 64, xt, ldx, k, ot, ldo)
             t += 1
         elif left >= 4:
-            tile_f32(2, 4, 1, 256, w, 64, xt, ldx, k, ot, ldo)
+            tile_f32(2, 4, 1, 256, 1, w, 64, xt, ldx, k, ot, ldo)
             t += 4
         else:
-            tile_f32(2, 1, 1, 256, w, 64, xt, ldx, k, ot, ldo)
+            tile_f32(2, 1, 1, 256, 1, w, 64, xt, ldx, k, ot, ldo)
             t += 1
 
 
@@ -43,22 +43,22 @@ def _rows_bf16(w, first, blocks, x, ldx, rows, k, out, ldo):
         left, xt, ot = rows - t, x + t * ldx, out + t * ldo
         if left >= 12:  # widening is paid once for all rows of a tile, so tall tiles
             for n in range(0, blocks, 2):
-                tile_bf16(2, 12, 1, 256, 0, w + 64 * n, 64, xt, ldx, k, ot + 64 * n, ldo)
+                tile_bf16(2, 12, 1, 256, 1, 0, w + 64 * n, 64, xt, ldx, k, ot + 64 * n, ldo)
             t += 12
         elif blocks == 4 and left >= 4:
-            tile_bf16(4, 4, 1, 256, 0, w, 64, xt, ldx, k, ot, ldo)
+            tile_bf16(4, 4, 1, 256, 1, 0, w, 64, xt, ldx, k, ot, ldo)
             t += 4
         elif blocks == 4 and left >= 2:
-            tile_bf16(4, 2, 1, 256, 0, w, 64, xt, ldx, k, ot, ldo)
+            tile_bf16(4, 2, 1, 256, 1, 0, w, 64, xt, ldx, k, ot, ldo)
             t += 2
         elif blocks == 4:
-            tile_bf16(4, 1, 1, 256, 0, w, 64, xt, ldx, k, ot, ldo)
+            tile_bf16(4, 1, 1, 256, 1, 0, w, 64, xt, ldx, k, ot, ldo)
             t += 1
         elif left >= 4:
-            tile_bf16(2, 4, 1, 256, 0, w, 64, xt, ldx, k, ot, ldo)
+            tile_bf16(2, 4, 1, 256, 1, 0, w, 64, xt, ldx, k, ot, ldo)
             t += 4
         else:
-            tile_bf16(2, 1, 1, 256, 0, w, 64, xt, ldx, k, ot, ldo)
+            tile_bf16(2, 1, 1, 256, 1, 0, w, 64, xt, ldx, k, ot, ldo)
             t += 1
 
 

@@ -88,21 +88,21 @@ def multiply_f32(a, lda, b, ldb, k, panels, rows, out, ldo):
             w, x, o, t = b + p * ldb + start * 256, a + start * 4, out + p * 256, 0
             if WIDE:
                 while t + 6 <= rows:
-                    tile_f32(4, 6, 1, 256, w, 64, x + t * lda, lda, depth, o + t * ldo, ldo)
+                    tile_f32(4, 6, 1, 256, 0, w, 64, x + t * lda, lda, depth, o + t * ldo, ldo)
                     t += 6
                 while t + 2 <= rows:
-                    tile_f32(4, 2, 1, 256, w, 64, x + t * lda, lda, depth, o + t * ldo, ldo)
+                    tile_f32(4, 2, 1, 256, 0, w, 64, x + t * lda, lda, depth, o + t * ldo, ldo)
                     t += 2
                 if t < rows:
-                    tile_f32(4, 1, 1, 256, w, 64, x + t * lda, lda, depth, o + t * ldo, ldo)
+                    tile_f32(4, 1, 1, 256, 0, w, 64, x + t * lda, lda, depth, o + t * ldo, ldo)
             else:
                 for n in range(0, 256, 64):
                     t = 0
                     while t + 4 <= rows:
-                        tile_f32(1, 4, 1, 256, w + n, 64, x + t * lda, lda, depth, o + n + t * ldo, ldo)
+                        tile_f32(1, 4, 1, 256, 0, w + n, 64, x + t * lda, lda, depth, o + n + t * ldo, ldo)
                         t += 4
                     while t < rows:
-                        tile_f32(1, 1, 1, 256, w + n, 64, x + t * lda, lda, depth, o + n + t * ldo, ldo)
+                        tile_f32(1, 1, 1, 256, 0, w + n, 64, x + t * lda, lda, depth, o + n + t * ldo, ldo)
                         t += 1
 
 

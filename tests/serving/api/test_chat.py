@@ -171,6 +171,19 @@ def test_json_schema_is_kept_at_any_temperature(api: httpx.Client, temperature: 
         assert jsonschema_rs.is_valid(SCHEMA, json.loads(text_of(answer, i)))
 
 
+def test_a_choice_that_met_its_stop_string_computes_no_more(api: httpx.Client) -> None:
+    """Of ten sampled choices those that meet the letter stop there, and the engine with them."""
+
+    def generated() -> int:
+        return api.get("/stats").json()["engine"]["generated_tokens"]
+
+    before = generated()
+    answer = ask(api, n=10, seed=3, temperature=1.5, max_tokens=60, stop=["e"])
+    assert all(c["finish_reason"] == "stop" for c in answer["choices"])
+    in_flight = 3 * 10  # tokens on their way when a choice ends
+    assert generated() - before <= answer["usage"]["completion_tokens"] + in_flight
+
+
 def test_schema_that_the_grammar_library_refuses_is_named(api: httpx.Client) -> None:
     format = {"type": "json_schema", "json_schema": {"schema": {"type": "unheard"}}}
     answer = api.post(

@@ -314,6 +314,35 @@ def test_cancelling_frees_everything_and_disturbs_nobody() -> None:
     assert_empty(core)
 
 
+@pytest.mark.parametrize("before", [0, 1, 3, 6])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_cancelled_choice_leaves_the_others_as_they_were(before: int, index: int) -> None:
+    """Choice 0 computes the prompt for the others; before 3 steps are over they still wait for it."""
+    core, _ = make_core(max_seqs=4, max_batch_tokens=16)
+    whole = request("r", prompt_of(1, 40), 15, n=3, temperature=1.0, seed=1)
+    core.submit(whole)
+    outputs: dict[tuple[str, int], list[Any]] = {}
+
+    def step() -> None:
+        for o in core.step(0.0):
+            outputs.setdefault((o.request_id, o.index), []).append(o)
+
+    for _ in range(before):
+        step()
+    core.cancel("r", index)
+    core.cancel("r", index)
+    seen = len(outputs.get(("r", index), []))
+    while core.has_work:
+        step()
+    assert len(outputs.get(("r", index), [])) == seen
+    for i in {0, 1, 2} - {index}:
+        got = outputs["r", i]
+        assert (tokens_of(got), got[-1].finish_reason) == reference(whole, i, 0, 512)
+    assert_empty(core)
+    core.submit(whole)  # nothing of it is left
+    assert_exact(core, [whole], drain(core))
+
+
 def test_ten_thousand_submitted_and_cancelled_requests_leave_no_page_behind() -> None:
     core, _ = make_core(num_blocks=40, block_size=4, max_seqs=6, max_batch_tokens=16, max_waiting=20)
     rng = random.Random(3)

@@ -112,6 +112,28 @@ async def test_a_cancelled_stream_ends_for_its_reader() -> None:
     await engine.close()
 
 
+async def test_a_cancelled_choice_ends_and_the_others_go_on() -> None:
+    engine = await start("hash:0.01")
+    r = request("r", 20, 30, n=3)
+    ends: dict[int, str] = {}
+    tokens: dict[int, list[int]] = {i: [] for i in range(3)}
+    async for output in engine.submit(r):
+        tokens[output.index] += output.token_ids
+        if output.index == 1 and not ends:
+            engine.cancel_choice("r", 1)
+            engine.cancel_choice("r", 1)
+        if output.finish_reason:
+            ends[output.index] = output.finish_reason
+    assert ends == {0: "length", 1: "cancelled", 2: "length"}
+    assert len(tokens[1]) < 30
+    assert {i: tokens[i] for i in (0, 2)} == {i: expected(r)[i][0] for i in (0, 2)}
+    stats = await engine.stats()
+    assert (stats.running, stats.blocks_used, engine.live) == (0, 0, 0)
+    assert stats.generated_tokens < 3 * 30
+    engine.cancel_choice("r", 0)
+    await engine.close()
+
+
 async def test_refusals_reach_the_caller_before_the_first_output(engine: AsyncEngine) -> None:
     for bad, code in (
         (request("long", 600), "context_length_exceeded"),

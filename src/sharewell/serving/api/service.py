@@ -296,7 +296,7 @@ class Service:
                 async for output in outputs:
                     choice = choices[output.index]
                     if choice.reason is not None:
-                        continue  # stopped by its text; others of the request go on
+                        continue  # stopped by its text; what came meanwhile is not wanted
                     if not begun:
                         usage.cached_tokens += output.cached_tokens
                     if output.token_ids:
@@ -308,6 +308,8 @@ class Service:
                         raise from_failure(output.error)
                     text = choice.take(output)
                     if choice.reason is not None:
+                        if output.finish_reason is None:  # a stop string, which the engine knows nothing of
+                            self.engine.cancel_choice(request.request_id, output.index)
                         left.discard(output.index)
                         self._time_whole(choice)
                         if not left:

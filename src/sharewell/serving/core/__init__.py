@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig
     from .engine import EngineCore, QueueFull, Refused
+    from .host import Built, build
     from .messages import (
         EngineInfo,
         EngineRequest,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AsyncEngine": "process",
+    "Built": "host",
     "Draining": "process",
     "EngineConfig": "config",
     "EngineCore": "engine",
@@ -37,6 +39,7 @@ _HOME = {
     "StepBatch": "runner",
     "TokenLogprob": "messages",
     "TokenOutput": "messages",
+    "build": "host",
 }
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 

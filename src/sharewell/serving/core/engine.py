@@ -241,13 +241,22 @@ class EngineCore:
             return True
         return all(sequence.grammar.accept(t) for t in sequence.tokens[sequence.n_prompt :])
 
-    def cancel(self, request_id: str) -> None:
-        """End a request at once; unknown ones are ignored (it may just have finished)."""
-        self._outputs = [o for o in self._outputs if o.request_id != request_id]
-        for sequence in self._live.pop(request_id, []):
-            if sequence.status is not Status.FINISHED:
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one choice of it, at once; unknown ones are ignored (it may just have
+        finished)."""
+        self._outputs = [
+            o for o in self._outputs if o.request_id != request_id or index not in (None, o.index)
+        ]
+        choices = self._live.get(request_id, [])
+        if index is None:
+            self._live.pop(request_id, None)
+        for sequence in choices:
+            if sequence.status is not Status.FINISHED and index in (None, sequence.index):
+                self._promote_followers(sequence)
                 self._deadlines -= sequence.request.deadline_s is not None
                 self.scheduler.remove(sequence)
+        if all(s.status is Status.FINISHED for s in choices):
+            self._live.pop(request_id, None)
 
     def load_adapter(self, name: str, adapter: LoraAdapter) -> None:
         """Make ``adapter`` available as ``name``, in place of what had that name. Raises ValueError while

@@ -229,8 +229,10 @@ class Host:
             else:
                 self._submit(request)
         elif kind == CANCEL:
-            self._compiling.discard(message[1])
-            self._core.cancel(message[1])
+            request_id, index = message[1:]
+            if index is None:
+                self._compiling.discard(request_id)
+            self._core.cancel(request_id, index)
         elif kind == STATS:
             self._send([STATS, to_wire(self._core.stats())])
         elif kind == ADAPTER:

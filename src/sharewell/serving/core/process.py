@@ -386,15 +386,27 @@ class AsyncEngine:
         """End a request; whoever reads its stream sees every unfinished choice end as "cancelled"."""
         live = self._live.pop(request_id, None)
         if live is not None:
-            self._write([CANCEL, request_id])
+            self._write([CANCEL, request_id, None])
             for index in sorted(live.unfinished):
                 live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="cancelled"))
+
+    def cancel_choice(self, request_id: str, index: int) -> None:
+        """End one choice, which ends as "cancelled"; the others go on."""
+        live = self._live.get(request_id)
+        if live is None or index not in live.unfinished:
+            return
+        if live.unfinished == {index}:
+            self.cancel(request_id)
+            return
+        live.unfinished.discard(index)
+        self._write([CANCEL, request_id, index])
+        live.stream.put_nowait(TokenOutput(request_id, index, finish_reason="cancelled"))
 
     def abandon(self) -> None:
         """Refuse new requests, and end every stream under way with the error "engine_closed"."""
         self._draining = True
         for request_id in list(self._live):
-            self._write([CANCEL, request_id])
+            self._write([CANCEL, request_id, None])
             self._fail(request_id, "engine_closed")
 
     @property
