@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         quantize_int8,
         unpack,
     )
-    from .shape import DOWN, GATE_UP, OUT, QKV
+    from .shape import DOWN, EMBEDS, GATE_UP, N_LAYERS, OUT, QKV
     from .simd import X_RECORD
     from .step import PHASES, decoder_step
     from .team import sync_words
@@ -35,6 +35,7 @@ _HOME = {
     "AieModel": "aie_model",
     "AieReport": "aie_model",
     "DOWN": "shape",
+    "EMBEDS": "shape",
     "FORMATS": "packing",
     "Fetch": "temporal_operands",
     "GATE_UP": "shape",
@@ -43,6 +44,7 @@ _HOME = {
     "GemmStats": "temporal_gemm",
     "MAX_ITEM_ROWS": "attention",
     "MachineRates": "temporal_plan",
+    "N_LAYERS": "shape",
     "OUT": "shape",
     "PAD": "packing",
     "PHASES": "step",

@@ -20,6 +20,7 @@
     PRECISE,  # bits: matrices whose quantised activations carry what their rounding left out
     SCORES,  # addresses of the tiles for scores and for mixing values
     MIX,
-) = range(19)
-LENGTH = 19
+    EMBEDS,  # the first layer of this step begins with the tokens' embeddings, not with given hidden states
+) = range(20)
+LENGTH = 20
 QKV, OUT, GATE_UP, DOWN, HEAD = range(5)  # the matrices of a layer, and the vocabulary's

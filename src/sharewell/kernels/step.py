@@ -14,6 +14,7 @@ from .gemm import add_product, read_row
 from .lora import lora_down, lora_up
 from .shape import (
     DOWN,
+    EMBEDS,
     GATE_UP,
     GATE_UP_HALF,
     HEAD,
@@ -80,14 +81,14 @@ def _rotate(source, cos, sin, out, scale):
 
 
 @compiled()
-def _place_token(t, shape, qkv, pool, layer, slot, cos, sin, q_norm, k_norm, eps, scale, q, temp):
+def _place_token(t, shape, qkv, pool, kv_row, slot, cos, sin, q_norm, k_norm, eps, scale, q, temp):
     """Rotate the query of row ``t`` into the item order ``[kv head, row, head of group]``, write its key
-    and value.
+    and value to row ``kv_row`` of its page (-1: to none).
     """
     heads, kv_heads, dim = shape[N_HEADS], shape[N_KV], shape[HEAD_DIM]
     group, rows = heads // kv_heads, qkv.shape[0]
     row = qkv[t]
-    for h in range(heads + kv_heads):
+    for h in range(heads + kv_heads if kv_row >= 0 else heads):
         head = row[h * dim : (h + 1) * dim]
         if shape[QK_NORM]:
             _rms_norm(head, q_norm if h < heads else k_norm, eps, head)
@@ -96,10 +97,10 @@ def _place_token(t, shape, qkv, pool, layer, slot, cos, sin, q_norm, k_norm, eps
             _rotate(head, cos, sin, q[at : at + dim], scale)
         else:
             _rotate(head, cos, sin, temp, np.float32(1))
-            write_tiled(shape, pool, layer, slot, h - heads, temp[:dim], False)
-    for h in range(kv_heads):
+            write_tiled(shape, pool, kv_row, slot, h - heads, temp[:dim], False)
+    for h in range(kv_heads if kv_row >= 0 else 0):
         at = (heads + kv_heads + h) * dim
-        write_tiled(shape, pool, layer, slot, h, row[at : at + dim], True)
+        write_tiled(shape, pool, kv_row, slot, h, row[at : at + dim], True)
 
 
 @compiled()
@@ -159,7 +160,7 @@ def _gate_up(
 @compiled()
 def decoder_step(
     thread, threads, sync, shape, eps, scale,
-    matrices, norms, q_norms, k_norms, qkv_bias, embedding, head, final_norm, cos, sin, pool,
+    matrices, norms, q_norms, k_norms, qkv_bias, embedding, head, final_norm, cos, sin, pool, kv_rows,
     token_ids, positions, slots, query_starts, tables, items, segments, lora, logit_rows,
     hidden, qkv, x, xq, q, act, actq, u, scratch, logits,
 ):  # fmt: skip
@@ -171,7 +172,8 @@ def decoder_step(
     new for each step. shape: int64, see
     :mod:`sharewell.kernels.shape`. matrices: int64 [layers, 4, 5] rows of PackedMatrix; embedding, head:
     such rows. norms: float32 [layers, 2, hidden]. cos, sin: float32 [positions, head_dim / 2]. pool: uint8,
-    the pages. token_ids, positions, slots: int64 [T]. query_starts: int32 [S + 1]. tables: int32 [S,
+    the pages; kv_rows: int64 [layers, 2], the row of a page that a layer reads and the one that it writes (-1
+    for none). token_ids, positions, slots: int64 [T]. query_starts: int32 [S + 1]. tables: int32 [S,
     blocks]. items: int64 [I, 3] attention work (first row, rows, sequence). segments: int64 [G, 3] runs of
     rows with one adapter (first row, rows, slot); lora: int64 [layers, 4, slots, 6]. logit_rows: int64 [R].
     Workspace: hidden float32 [T, hidden], the residual stream; qkv [T, padded]; x, act float32 activations
@@ -209,7 +211,7 @@ def decoder_step(
                 break
             low, high = part(index, groups, rows)
             for t in range(low, high):
-                if layer == 0:
+                if layer == 0 and shape[EMBEDS] == 1:
                     read_row(embedding, token_ids[t], hidden[t])
                 _norm_row(
                     hidden[t],
@@ -250,14 +252,15 @@ def decoder_step(
                 for t in range(low, high):
                     where = positions[t]
                     _place_token(
-                        t, shape, qkv, pool, layer, slots[t], cos[where], sin[where],
+                        t, shape, qkv, pool, kv_rows[layer, 1], slots[t], cos[where], sin[where],
                         q_norms[layer], k_norms[layer], eps, scale, q, temp,
                     )  # fmt: skip
             else:
                 first, last = query_starts[index - groups], query_starts[index - groups + 1] - 1
                 # A tile that an earlier step began has been silenced by it.
-                if last >= first and positions[first] <= positions[last] // LANES * LANES:
-                    silence_tail(shape, pool, layer, slots[last])
+                begins = last >= first and positions[first] <= positions[last] // LANES * LANES
+                if begins and kv_rows[layer, 1] >= 0:
+                    silence_tail(shape, pool, kv_rows[layer, 1], slots[last])
             finish(sync, phase)
         phase = complete(sync, phase, groups + sequences)
 
@@ -270,7 +273,9 @@ def decoder_step(
             row0, count, sequence = items[item, 0], items[item, 1], items[item, 2]
             key_head = index % kv_heads
             q_at = (key_head * rows + row0) * group * dim
-            attend(shape, layer, key_head, row0, count, tables[sequence], positions, q, q_at, mine, x)
+            attend(
+                shape, kv_rows[layer, 0], key_head, row0, count, tables[sequence], positions, q, q_at, mine, x
+            )
             if quantized:
                 column = key_head * group * dim
                 for t in range(row0, row0 + count):

@@ -106,81 +106,34 @@ def multiply_f32(a, lda, b, ldb, k, panels, rows, out, ldo):
                         t += 1
 
 
-@njit(nogil=True, cache=True)
-def multiply_f64(a, lda, b, ldb, k, panels, rows, out, ldo):
-    for start in range(0, k, DEPTH):
-        depth = min(DEPTH, k - start)
-        for p in range(panels):
-            w, x, o, t = b + p * ldb + start * 256, a + start * 8, out + p * 256, 0
-            if WIDE:
-                while t + 6 <= rows:
-                    _tile(0, 4, 6, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                    t += 6
-                while t < rows:
-                    _tile(0, 4, 1, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                    t += 1
-            else:
-                for n in range(0, 256, 64):
-                    for t in range(rows):
-                        _tile(0, 1, 1, w + n, x + t * lda, lda, depth, o + n + t * ldo, ldo)
+def _multiplier(kind: int, size: int) -> Callable[..., None]:
+    """The function of ``kind`` (see ``_tile``); an element of A, or a pair of them, has ``size`` bytes."""
 
+    @njit(nogil=True, cache=True)
+    def multiply(a, lda, b, ldb, k, panels, rows, out, ldo):
+        for start in range(0, k, DEPTH):
+            depth = min(DEPTH, k - start)
+            for p in range(panels):
+                w, x, o, t = b + p * ldb + start * 256, a + start * size, out + p * 256, 0
+                if WIDE:
+                    while t + 6 <= rows:
+                        _tile(kind, 4, 6, w, x + t * lda, lda, depth, o + t * ldo, ldo)
+                        t += 6
+                    while t < rows:
+                        _tile(kind, 4, 1, w, x + t * lda, lda, depth, o + t * ldo, ldo)
+                        t += 1
+                else:
+                    for n in range(0, 256, 64):
+                        for t in range(rows):
+                            _tile(kind, 1, 1, w + n, x + t * lda, lda, depth, o + n + t * ldo, ldo)
 
-@njit(nogil=True, cache=True)
-def multiply_i32(a, lda, b, ldb, k, panels, rows, out, ldo):
-    for start in range(0, k, DEPTH):
-        depth = min(DEPTH, k - start)
-        for p in range(panels):
-            w, x, o, t = b + p * ldb + start * 256, a + start * 4, out + p * 256, 0
-            if WIDE:
-                while t + 6 <= rows:
-                    _tile(1, 4, 6, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                    t += 6
-                while t < rows:
-                    _tile(1, 4, 1, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                    t += 1
-            else:
-                for n in range(0, 256, 64):
-                    for t in range(rows):
-                        _tile(1, 1, 1, w + n, x + t * lda, lda, depth, o + n + t * ldo, ldo)
-
-
-@njit(nogil=True, cache=True)
-def multiply_i64(a, lda, b, ldb, k, panels, rows, out, ldo):
-    for start in range(0, k, DEPTH):
-        depth = min(DEPTH, k - start)
-        for p in range(panels):
-            w, x, o, t = b + p * ldb + start * 256, a + start * 8, out + p * 256, 0
-            if WIDE:
-                while t + 6 <= rows:
-                    _tile(2, 4, 6, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                    t += 6
-                while t < rows:
-                    _tile(2, 4, 1, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                    t += 1
-            else:
-                for n in range(0, 256, 64):
-                    for t in range(rows):
-                        _tile(2, 1, 1, w + n, x + t * lda, lda, depth, o + n + t * ldo, ldo)
-
-
-@njit(nogil=True, cache=True)
-def multiply_pairs(a, lda, b, ldb, k, panels, rows, out, ldo):
-    for start in range(0, k, DEPTH):
-        depth = min(DEPTH, k - start)
-        for p in range(panels):
-            w, x, o, t = b + p * ldb + start * 256, a + start * 4, out + p * 256, 0
-            while t + 6 <= rows:
-                _tile(3, 4, 6, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                t += 6
-            while t < rows:
-                _tile(3, 4, 1, w, x + t * lda, lda, depth, o + t * ldo, ldo)
-                t += 1
+    return multiply
 
 
 MULTIPLY: dict[str, Callable[..., None]] = {
     "float32": multiply_f32,
-    "float64": multiply_f64,
-    "int32": multiply_i32,
-    "int64": multiply_i64,
-    "int16": multiply_pairs,
+    "float64": _multiplier(0, 8),
+    "int32": _multiplier(1, 4),
+    "int64": _multiplier(2, 8),
+    "int16": _multiplier(_PAIR, 4),
 }

@@ -97,13 +97,20 @@ class ModelConfig:
         folder = Path(folder)
         raw = _read_json(folder / "config.json", required=True)
         generation = _read_json(folder / "generation_config.json", required=False)
+        return cls.from_raw(raw, generation, str(folder / "config.json"))
+
+    @classmethod
+    def from_raw(
+        cls, raw: Mapping[str, Any], generation: Mapping[str, Any], where: str = "the configuration"
+    ) -> ModelConfig:
+        """The same from dictionaries (``model.config.to_dict()``). Raises ModelError naming ``where``."""
         architecture = (raw.get("architectures") or ["unknown"])[0]
 
         def need(*names: str) -> Any:
             for name in names:
                 if raw.get(name) is not None:
                     return raw[name]
-            raise ModelError(f"{folder / 'config.json'}: field {names[0]!r} is missing")
+            raise ModelError(f"{where}: field {names[0]!r} is missing")
 
         hidden = int(need("hidden_size", "n_embd", "d_model"))
         heads = int(need("num_attention_heads", "n_head"))

@@ -38,6 +38,16 @@ class Decoder(Protocol):
         self, layer: int, h: torch.Tensor, positions: torch.Tensor, adapter_slots: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
+    def queries(
+        self, layer: int, h: torch.Tensor, positions: torch.Tensor, adapter_slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """q of :meth:`qkv` alone, for a layer that reads the keys and values of another."""
+        ...
+
+    def attn_in(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """What the projections of q, k and v see: ``h`` after the layer's first norm."""
+        ...
+
     def attn_out(
         self, layer: int, h: torch.Tensor, o: torch.Tensor, adapter_slots: torch.Tensor | None = None
     ) -> torch.Tensor: ...
@@ -45,7 +55,7 @@ class Decoder(Protocol):
     def mlp(self, layer: int, h: torch.Tensor, adapter_slots: torch.Tensor | None = None) -> torch.Tensor: ...
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
-        """Final norm and projection: float32 logits ``[T, vocab]``."""
+        """Final norm and projection: float32 logits ``[T, vocab]`` (float64 for a float64 model)."""
         ...
 
     def load_adapter(self, slot: int, adapter: LoraAdapter | None) -> None:

@@ -15,8 +15,10 @@ import torch
 
 from ..kernels import (
     DOWN,
+    EMBEDS,
     GATE_UP,
     MAX_ITEM_ROWS,
+    N_LAYERS,
     OUT,
     PHASES,
     QKV,
@@ -77,6 +79,7 @@ class FusedDecoder:
         self._team = Team(threads, decoder_step)
         self._space = self._workspace(64, 64)
         self._shape: tuple[TiledPool, np.ndarray] | None = None
+        self._kv_rows = np.repeat(np.arange(config.n_layers, dtype=np.int64)[:, None], 2, 1)
 
     @property
     def nbytes(self) -> int:
@@ -109,27 +112,80 @@ class FusedDecoder:
         depend on the other rows.
         """
         rows, wanted = len(token_ids), len(logit_rows)
-        if rows and not 0 <= int(positions.min()) <= int(positions.max()) < self.max_length:
-            worst = int(positions.min()) if int(positions.min()) < 0 else int(positions.max())
-            raise ValueError(f"positions must be below max_length {self.max_length}, got {worst}")
-        if rows and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size:
-            worst = int(token_ids.min()) if int(token_ids.min()) < 0 else int(token_ids.max())
-            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {worst}")
-        space = self._space
-        if rows > space.rows or wanted > space.logit_rows:
-            more = max(rows, 2 * space.rows) if rows > space.rows else space.rows
-            space = self._space = self._workspace(more, max(wanted, space.logit_rows))
+        self._check(token_ids, positions)
+        space = self._room(rows, wanted)
         self._team.run(
             (
                 self.threads, sync_words(PHASES * self.config.n_layers + 2), self._shape_for(pool),
-                *self._model, pool.data, token_ids, positions, slots, query_starts, block_tables,
-                self._attention_items(query_starts), _segments(query_starts, adapter_slots),
+                *self._model, pool.data, self._kv_rows, token_ids, positions, slots, query_starts,
+                block_tables, self._attention_items(query_starts), _segments(query_starts, adapter_slots),
                 self._adapters.rows, logit_rows,
                 space.hidden[:rows], space.qkv[:rows], space.x, space.xq, space.q, space.act, space.actq,
                 space.u, space.scratch, space.logits,
             )
         )  # fmt: skip
         return space.logits_tensor[:wanted, : self.config.vocab_size]
+
+    def run_layer(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        block_table: np.ndarray,
+        pool: TiledPool,
+        logit_rows: np.ndarray,
+        *,
+        source: int | None = None,
+        adapter_slots: np.ndarray | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer for T tokens of one sequence, whose ``positions`` are ascending and may have gaps; what
+        the pages hold in the gaps is read like any other key. For plans that speak between layers.
+
+        ``hidden``: float32 ``[T, hidden]``, changed in place (layer 0 begins with the embeddings instead);
+        ``block_table``: int32 ``[1, blocks]``; ``source``: another layer whose keys and values are read, and
+        nothing is written then. Returns the hidden states and the logits of ``logit_rows`` (of use after the
+        last layer), overwritten by the next step. The values behind the sequence's last token in its tile
+        must be finite: :meth:`step` sees to that, this does not. Raises ValueError as :meth:`step` does.
+        """
+        rows, wanted = len(positions), len(logit_rows)
+        self._check(token_ids, positions)
+        space, part = self._room(rows, wanted), slice(layer, layer + 1)
+        eps, scale, matrices, norms, q_norms, k_norms, qkv_bias, *ends = self._model
+        shape = self._shape_for(pool).copy()
+        shape[N_LAYERS], shape[EMBEDS] = 1, layer == 0
+        reads = layer if source is None else source
+        kv_rows = np.array([[reads, layer if reads == layer else -1]], np.int64)
+        one = np.array([0, rows], np.int32)
+        self._team.run(
+            (
+                self.threads, sync_words(PHASES + 2), shape, eps, scale, matrices[part], norms[part],
+                q_norms[part], k_norms[part], qkv_bias[part], *ends, pool.data, kv_rows, token_ids, positions,
+                slots, one[:1], block_table, self._attention_items(one), _segments(one, adapter_slots),
+                self._adapters.rows[part], logit_rows, hidden.numpy(), space.qkv[:rows], space.x, space.xq,
+                space.q, space.act, space.actq, space.u, space.scratch, space.logits,
+            )
+        )  # fmt: skip
+        return hidden, space.logits_tensor[:wanted, : self.config.vocab_size]
+
+    def _check(self, token_ids: np.ndarray, positions: np.ndarray) -> None:
+        if not len(token_ids):
+            return
+        if not 0 <= int(positions.min()) <= int(positions.max()) < self.max_length:
+            worst = int(positions.min()) if int(positions.min()) < 0 else int(positions.max())
+            raise ValueError(f"positions must be below max_length {self.max_length}, got {worst}")
+        if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size:
+            worst = int(token_ids.min()) if int(token_ids.min()) < 0 else int(token_ids.max())
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {worst}")
+
+    def _room(self, rows: int, wanted: int) -> Workspace:
+        """The workspace, grown to ``rows`` tokens and ``wanted`` rows of logits."""
+        space = self._space
+        if rows > space.rows or wanted > space.logit_rows:
+            more = max(rows, 2 * space.rows) if rows > space.rows else space.rows
+            space = self._space = self._workspace(more, max(wanted, space.logit_rows))
+        return space
 
     def close(self) -> None:
         """Stop the worker threads."""
@@ -156,7 +212,7 @@ class FusedDecoder:
                 c.n_layers, c.hidden_size, c.n_heads, c.n_kv_heads, c.head_dim, c.intermediate_size,
                 pool.block_size, pool.block_bytes, pool.layer_bytes, pool.values_at, pool.address,
                 c.sliding_window or 0, int(narrow), int(quantized), int(c.qk_norm), half,
-                PRECISE_MATRICES if quantized else 0, *attention_entries(narrow),
+                PRECISE_MATRICES if quantized else 0, *attention_entries(narrow), 1,
             ]  # fmt: skip
             self._shape = pool, np.array(values, np.int64)
         return self._shape[1]

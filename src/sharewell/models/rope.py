@@ -41,7 +41,8 @@ def rope_tables(inverse: torch.Tensor, length: int) -> tuple[torch.Tensor, torch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x [T, heads, head_dim]`` in float32 by ``cos, sin [T, head_dim / 2]``; returns x's dtype."""
-    a, b = x.float().chunk(2, -1)
+    """Rotate ``x [T, heads, head_dim]`` in float32 (float64 for float64 x) by ``cos, sin [T, head_dim / 2]``;
+    returns x's dtype."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)

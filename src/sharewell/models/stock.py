@@ -30,6 +30,8 @@ def load_stock_decoder(
     return InterfaceDecoder.from_folder(folder, dtype, device)
 
 
+# Whose layers are those of a Llama-like decoder, whatever the fused decoder knows.
+TAKEN_APART = (*FUSABLE, "GemmaForCausalLM")
 _NEEDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
@@ -44,8 +46,10 @@ class StockDecoder:
         inner = getattr(model, "model", None)
         layers = getattr(inner, "layers", None)
         name = type(model).__name__
-        if config.architecture not in FUSABLE:
-            raise ModelError(f"{name} cannot be taken apart: it is not Llama-, Qwen2/3- or Mistral-like")
+        if config.architecture not in TAKEN_APART:
+            raise ModelError(
+                f"{name} cannot be taken apart: it is not Llama-, Qwen2/3-, Mistral- or Gemma-like"
+            )
         if inner is None or not layers or not hasattr(inner, "rotary_emb") or not hasattr(inner, "norm"):
             raise ModelError(
                 f"{name} cannot be taken apart: model.layers, model.norm or model.rotary_emb is missing"
@@ -59,6 +63,7 @@ class StockDecoder:
         self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         self._layers = layers
+        self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._lora: list[dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None] = [
             None
         ] * max_adapters
@@ -94,18 +99,37 @@ class StockDecoder:
     def qkv(
         self, layer: int, h: torch.Tensor, positions: torch.Tensor, adapter_slots: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block = self._layers[layer]
-        x, attention = block.input_layernorm(h), block.self_attn
-        dim = self.config.head_dim
+        x, attention = self.attn_in(layer, h), self._layers[layer].self_attn
         q, k, v = (
-            self._project(layer, attention, p, x, adapter_slots).view(len(h), -1, dim)
+            self._project(layer, attention, p, x, adapter_slots).view(len(h), -1, self.config.head_dim)
             for p in ("q_proj", "k_proj", "v_proj")
         )
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        cos, sin = self.model.model.rotary_emb(h[None].float(), positions[None].to(self.device))
-        half = dim // 2
-        return rotate(q, cos[0, :, :half], sin[0, :, :half]), rotate(k, cos[0, :, :half], sin[0, :, :half]), v
+        cos, sin = self._rotation(positions)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def queries(
+        self, layer: int, h: torch.Tensor, positions: torch.Tensor, adapter_slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x, attention = self.attn_in(layer, h), self._layers[layer].self_attn
+        q = self._project(layer, attention, "q_proj", x, adapter_slots).view(len(h), -1, self.config.head_dim)
+        if hasattr(attention, "q_norm"):
+            q = attention.q_norm(q)
+        return rotate(q, *self._rotation(positions))
+
+    def attn_in(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        return self._layers[layer].input_layernorm(h)
+
+    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of ``positions``, computed once for all layers that pass the same tensor."""
+        if self._tables is None or self._tables[0] is not positions:
+            where = positions[None].to(self.device)
+            like = torch.empty(0, dtype=torch.float32, device=self.device)
+            cos, sin = self.model.model.rotary_emb(like, where)
+            half = self.config.head_dim // 2
+            self._tables = positions, cos[0, :, :half], sin[0, :, :half]
+        return self._tables[1:]
 
     def attn_out(
         self, layer: int, h: torch.Tensor, o: torch.Tensor, adapter_slots: torch.Tensor | None = None
@@ -123,7 +147,8 @@ class StockDecoder:
         return h + self._project(layer, block.mlp, "down_proj", block.mlp.act_fn(gate) * up, adapter_slots)
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(self.model.model.norm(h)).float()
+        logits = self.model.lm_head(self.model.model.norm(h))
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def load_adapter(self, slot: int, adapter: LoraAdapter | None) -> None:
         if not 0 <= slot < len(self._lora):

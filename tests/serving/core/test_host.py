@@ -195,7 +195,7 @@ def test_a_request_cancelled_while_its_grammar_is_compiled_never_runs(
 ) -> None:
     client, go, core = slow
     client.send([SUBMIT, to_wire(constrained("gone", "[ab]{3}"))])
-    client.send([CANCEL, "gone"])
+    client.send([CANCEL, "gone", None])
     client.send([SUBMIT, to_wire(constrained("kept", "[cd]{3}"))])
     go.set()
     assert client.answer("kept")[1] == "stop"
@@ -257,7 +257,7 @@ def test_a_cancelled_request_is_gone_before_the_next_step() -> None:
         time.sleep(0.001)
     assert core.blocks.num_used > 0
     for i in range(6):
-        client.send([CANCEL, f"r{i}"])
+        client.send([CANCEL, f"r{i}", None])
     for _ in range(100):
         go.release()  # from here on every step could run
     client.send([STATS])

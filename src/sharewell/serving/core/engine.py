@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -25,9 +25,26 @@ from .scheduler import Scheduler
 from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
+    from ...kv import KVPlan
     from ...models import LoraAdapter
 
 log = logging.getLogger(__name__)
+
+
+class Planner(Protocol):
+    """Gives requests that opt in (``EngineRequest.sharing``) a plan for their prompt's keys and values.
+
+    Called in the engine's thread; what it raises is the engine's failure."""
+
+    def plan(self, sequence: Sequence) -> KVPlan | None:
+        """The plan of a choice that was just submitted; None: compute it as usual. ``begin`` of the plan sees
+        which tokens are left when shared prefixes are taken off, each time the prompt is computed."""
+        ...
+
+    def leaving(self, sequence: Sequence) -> None:
+        """A choice ends (finished or cancelled): its tokens are final, ``computed`` of them are in its pages,
+        which are freed behind this call unless the planner forks them."""
+        ...
 
 
 class QueueFull(RuntimeError):
@@ -133,6 +150,7 @@ class EngineCore:
         self._grammars = (
             Grammars(tokenizer_json, info.vocab_size, info.eos_token_ids) if tokenizer_json else None
         )
+        self.planner: Planner | None = None
         self._live: dict[str, list[Sequence]] = {}
         self._ids = self._arrivals = 0
         self._outputs: list[TokenOutput] = []
@@ -147,7 +165,16 @@ class EngineCore:
         self._contexts = np.zeros(config.max_seqs, np.int32)
         self._adapter_slots = np.full(config.max_seqs, -1, np.int32)
         self._counters = dict.fromkeys(
-            ("prompt_tokens", "computed_prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps"),
+            (
+                "prompt_tokens",
+                "computed_prompt_tokens",
+                "cached_prompt_tokens",
+                "generated_tokens",
+                "steps",
+                "planned_prompts",
+                "planned_token_layers",
+                "reused_token_layers",
+            ),
             0,
         )
         self._step_s = self._forward_s = 0.0
@@ -197,6 +224,8 @@ class EngineCore:
             sequence.stop_ids = stops if request.sampling.ignore_eos else stops | self._eos
             sequence.limit = min(request.sampling.max_tokens, min(limit, pages) - sequence.n_prompt)
             self._deadlines += request.deadline_s is not None
+            if request.sharing is not None and self.planner is not None and sequence.prompt_logprobs is None:
+                sequence.kv_plan = self.planner.plan(sequence)
             choices.append(sequence)
         if not choices:
             del self._live[request.request_id]
@@ -209,7 +238,7 @@ class EngineCore:
                 sequence.n_output or sequence.prompt_logprobs is None
             ):
                 self._finish(sequence, "length")
-            elif leader is None or request.emitted:
+            elif leader is None or request.emitted or sequence.kv_plan is not None:
                 leader = sequence
                 self.scheduler.add(sequence)
             else:
@@ -253,6 +282,7 @@ class EngineCore:
         for sequence in choices:
             if sequence.status is not Status.FINISHED and index in (None, sequence.index):
                 self._promote_followers(sequence)
+                self._leave(sequence)
                 self._deadlines -= sequence.request.deadline_s is not None
                 self.scheduler.remove(sequence)
         if all(s.status is Status.FINISHED for s in choices):
@@ -274,6 +304,10 @@ class EngineCore:
     def _check_unused(self, name: str) -> None:
         if any(choices and choices[0].request.adapter == name for choices in self._live.values()):
             raise ValueError(f"adapter {name!r} is in use")
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.request.sharing is not None and self.planner is not None:
+            self.planner.leaving(sequence)
 
     def _promote_followers(self, leader: Sequence) -> None:
         """A leader that ends before its prompt is computed leaves its followers to queue by themselves."""
@@ -302,6 +336,8 @@ class EngineCore:
             batch, sampled = self._batch(plan)
             before = self._monotonic()
             logits = self._runner.run(batch).numpy()
+            if batch.plans:
+                self._count_plans(batch)
             forward = self._monotonic() - before
             self._forward_s += forward
             new = len(batch.token_ids)
@@ -314,6 +350,16 @@ class EngineCore:
         outputs, self._outputs = self._outputs, []
         self._step_s += self._monotonic() - started
         return outputs
+
+    def _count_plans(self, batch: StepBatch) -> None:
+        counters = self._counters
+        for s in batch.plans:
+            new = int(batch.query_starts[s + 1] - batch.query_starts[s])
+            counters["planned_prompts"] += 1
+            stats = batch.plan_stats.get(s)
+            if stats is not None:  # None: the plan failed and everything was computed
+                counters["planned_token_layers"] += stats.token_layers
+                counters["reused_token_layers"] += new * len(stats.computed) - stats.token_layers
 
     def _expire(self, now: float) -> None:
         late = [
@@ -329,6 +375,9 @@ class EngineCore:
         size = self.info.block_size
         at, rows, sampled, wanted = 0, [], [], []
         longest = 1
+        total = sum(n for _, n in plan)
+        if total > len(self._token_ids):  # a planned prompt comes in one piece
+            self._token_ids, self._positions, self._slots = (np.zeros(total, np.int64) for _ in range(3))
         resync = bool(self.scheduler.copies)
         for i, (sequence, n) in enumerate(plan):
             start, end = sequence.computed, sequence.computed + n
@@ -374,6 +423,11 @@ class EngineCore:
             logit_rows=np.array(wanted, np.int64),
             adapter_slots=self._adapter_slots[:count],
             copies=self.scheduler.copies,
+            plans={
+                i: s.kv_plan
+                for i, (s, _) in enumerate(plan)
+                if s.kv_plan is not None and s.computed < s.n_prompt
+            },
         )
         return batch, sampled
 
@@ -532,6 +586,7 @@ class EngineCore:
     ) -> None:
         tokens = () if token is None else (token,)
         self._promote_followers(sequence)
+        self._leave(sequence)
         self._deadlines -= sequence.request.deadline_s is not None
         self._put(
             sequence, tokens, scored or (), finish_reason=reason, stop_token_id=stop_token_id, error=error

@@ -99,6 +99,7 @@ class EngineRequest:
 
     ``cache_salt`` scopes prefix sharing (per API key unless the operator widens it). Smaller ``priority`` is
     served first and preempted last. ``deadline_s`` is on the engine clock's monotonic axis, None for none.
+    ``sharing`` opts in to approximate sharing of keys and values; its entries are the planner's.
     """
 
     request_id: str
@@ -112,6 +113,7 @@ class EngineRequest:
     deadline_s: float | None = None
     emitted: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()  # choices that need no more tokens (recovery)
+    sharing: Mapping[str, Any] | None = None  # what the engine's planner may do for it; None: nothing
 
     def __post_init__(self) -> None:
         _require(bool(self.request_id), "request_id", "a non-empty string", self.request_id)
@@ -172,6 +174,9 @@ class EngineStats:
     prefill_s_per_token: float = 0.0  # recent average: cached tokens times this = seconds saved
     competing_cpu: float = 0.0  # cores of this machine that other processes used recently
     adapters: tuple[str, ...] = ()
+    planned_prompts: int = 0  # prompts whose keys and values followed a plan
+    planned_token_layers: int = 0  # of their (token, layer) pairs, those that were computed
+    reused_token_layers: int = 0  # and those that were not
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ...kv import PagedForward
+from ...kv import PagedForward, PlanError, UnsupportedModel
 from ...models import (
     Checkpoint,
     FusedDecoder,
@@ -122,6 +123,36 @@ class PagedRunner:
         """Float32 logits ``[R, vocab]``."""
         for source, destination in batch.copies:
             self._forward.copy_block(source, destination)
+        return self._run_planned(batch) if batch.plans else self._run(batch)
+
+    def _run_planned(self, batch: StepBatch) -> torch.Tensor:
+        """Each sequence with a plan by itself, the others together; rows in the batch's order."""
+        out = torch.empty(len(batch.logit_rows), self.model.vocab_size)
+        rest = batch.without_plans()
+        if len(rest.token_ids):
+            others = np.ones(len(batch.logit_rows), dtype=bool)
+            for s in batch.plans:
+                others[batch.rows_of(s)] = False
+            out[torch.from_numpy(others)] = self._run(rest)[:, : self.model.vocab_size]
+        for s, plan in batch.plans.items():
+            part = batch.only(s)
+            try:
+                logits, batch.plan_stats[s] = self._forward.planned(
+                    plan, part.token_ids, part.positions, part.block_tables[0], part.logit_rows,
+                    int(part.adapter_slots[0]),
+                )  # fmt: skip
+            except (PlanError, UnsupportedModel) as error:
+                log.warning("a plan failed, its prompt is computed in full: %s", error)
+                logits = self._run(part)
+            out[torch.from_numpy(batch.rows_of(s))] = logits[:, : self.model.vocab_size]
+        return out
+
+    @property
+    def forward(self) -> PagedForward:
+        """The pass and its pages, for planners that copy or pin what is in them."""
+        return self._forward
+
+    def _run(self, batch: StepBatch) -> torch.Tensor:
         return self._forward(
             batch.token_ids,
             batch.positions,

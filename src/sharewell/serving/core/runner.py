@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from ...kv import KVPlan, PlanStats
     from ...models import LoraAdapter
 
 
@@ -31,6 +32,39 @@ class StepBatch:
     logit_rows: np.ndarray  # int64 [R], indices into the T tokens, ascending
     adapter_slots: np.ndarray  # int32 [S], -1 for the base model
     copies: list[tuple[int, int]]  # (source block, destination block) to copy before the pass (copy on write)
+    plans: dict[int, KVPlan] = field(default_factory=dict)  # of sequences whose tokens follow one
+    plan_stats: dict[int, PlanStats] = field(default_factory=dict)  # filled by the runner
+
+    def only(self, s: int) -> StepBatch:
+        """The part of sequence ``s``, without copies and plans."""
+        return self._part(np.array([s]))
+
+    def without_plans(self) -> StepBatch:
+        """The part of the sequences that follow none."""
+        return self._part(np.array([s for s in range(len(self.context_lens)) if s not in self.plans]))
+
+    def rows_of(self, s: int) -> np.ndarray:
+        """Which of ``logit_rows`` are of sequence ``s``: indices."""
+        first, end = self.query_starts[s : s + 2]
+        return np.flatnonzero((self.logit_rows >= first) & (self.logit_rows < end))
+
+    def _part(self, chosen: np.ndarray) -> StepBatch:
+        chosen = chosen.astype(np.int64)
+        counts = np.diff(self.query_starts)
+        mine = np.isin(np.repeat(np.arange(len(counts)), counts), chosen)
+        where = np.cumsum(mine) - 1
+        kept = self.logit_rows[mine[self.logit_rows]]
+        return StepBatch(
+            token_ids=self.token_ids[mine],
+            positions=self.positions[mine],
+            slots=self.slots[mine],
+            query_starts=np.concatenate([[0], np.cumsum(counts[chosen])]).astype(np.int32),
+            context_lens=self.context_lens[chosen],
+            block_tables=np.ascontiguousarray(self.block_tables[chosen]),
+            logit_rows=where[kept],
+            adapter_slots=self.adapter_slots[chosen],
+            copies=[],
+        )
 
 
 class Runner(Protocol):

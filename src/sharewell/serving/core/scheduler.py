@@ -80,7 +80,7 @@ class Scheduler:
                 pending = len(sequence.tokens) - sequence.computed
                 if sequence.status is not Status.RUNNING or (pending == 1) is not decoding or budget <= 0:
                     continue
-                n = min(pending, budget)
+                n = pending if sequence.kv_plan is not None else min(pending, budget)
                 if self._reserve(sequence, n, planned):
                     planned[sequence.id] = (sequence, n)
                     budget -= n
@@ -130,9 +130,11 @@ class Scheduler:
             sequence.published = got.cached_tokens // self.blocks.block_size
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = min(got.cached_tokens, sequence.n_prompt)
-            self.blocks.claim(sequence.id, sequence.block_hashes[sequence.published :])
+            n = len(sequence.tokens) - sequence.computed
+            if sequence.kv_plan is None:
+                self.blocks.claim(sequence.id, sequence.block_hashes[sequence.published :])
+                n = min(n, budget)
             self.running.append(sequence)
-            n = min(len(sequence.tokens) - sequence.computed, budget)
             planned[sequence.id] = (sequence, n)
             budget -= n
 
@@ -168,6 +170,8 @@ class Scheduler:
         full = sequence.computed // size
         if full == sequence.published or not self.blocks.prefix_sharing:
             return
+        if sequence.kv_plan is not None:
+            return  # keys and values of a plan may be approximate: nobody else may take them for exact
         self._extend_hashes(sequence)
         for i in range(sequence.published, full):
             self.blocks.publish(

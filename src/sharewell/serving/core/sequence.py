@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .messages import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
+    from ...kv import KVPlan
     from .grammar import GrammarState
 
 
@@ -27,7 +28,8 @@ class Sequence:
 
     __slots__ = (
         "adapter_slot", "arrival", "block_hashes", "cached_tokens", "computed", "counts", "emitted_nothing",
-        "followers", "grammar", "id", "index", "limit", "n_prompt", "output_counts", "prompt_logprobs",
+        "followers", "grammar", "id", "index", "kv_plan", "limit", "n_prompt", "output_counts",
+        "prompt_logprobs",
         "published", "request", "row", "salt", "sampling", "status", "stop_ids", "tokens",
     )  # fmt: skip
 
@@ -59,6 +61,7 @@ class Sequence:
         self.prompt_logprobs: list | None = [] if request.sampling.prompt_logprobs is not None else None
         self.stop_ids: frozenset[int] = frozenset()
         self.row = -1
+        self.kv_plan: KVPlan | None = None  # its prompt is computed in one piece and never published
         self.limit = request.sampling.max_tokens  # tokens of output; the engine lowers it to what fits
 
     @property

@@ -1,0 +1,77 @@
+"""The task of the small masked diffusion model that ships: sums with their carries, and sorting, checked
+exactly.
+
+A prompt is 16 problems of 8 characters, an answer 16 solutions of 8: ``"358+467;"`` is answered by
+``"1100825;"`` (the carries out of the hundreds, tens and ones, then the sum), ``"<530187;"`` by
+``">013578;"``. So prompt and answer have 128 characters each, and every solution can be judged by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ALPHABET = "0123456789+<>;"
+MASK_ID = len(ALPHABET)
+VOCAB_SIZE = 16  # padded
+WIDTH = 8
+
+
+def encode(text: str) -> list[int]:
+    """Token ids, one per character. Raises ValueError naming a character that the alphabet lacks."""
+    for character in text:
+        if character not in ALPHABET:
+            raise ValueError(f"text must consist of {ALPHABET!r}, got {character!r}")
+    return [ALPHABET.index(c) for c in text]
+
+
+def decode(ids: list[int] | np.ndarray) -> str:
+    """The text of token ids; what has no character is shown as ``_``."""
+    return "".join(ALPHABET[i] if 0 <= i < len(ALPHABET) else "_" for i in map(int, ids))
+
+
+def solve(problem: str) -> str:
+    """The solution, 8 characters, of a problem of 8 characters."""
+    if problem[0] == "<":
+        return ">" + "".join(sorted(problem[1:7])) + ";"
+    a, b = int(problem[:3]), int(problem[4:7])
+    carries = [(a % m + b % m) // m for m in (1000, 100, 10)]
+    return "".join(map(str, carries)) + f"{a + b:04d};"
+
+
+@dataclass(frozen=True)
+class WorkedSums:
+    """A generator of exercises of ``problems`` problems each; the same ``seed`` gives the same ones."""
+
+    problems: int = 16
+    seed: int = 0
+
+    def batch(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """``n`` exercises: prompts and answers, int64 ``[n, 8 * problems]`` each."""
+        rng = np.random.default_rng(self.seed)
+        shape = n, self.problems
+        digits = rng.integers(0, 10, (*shape, 6))
+        sorting = rng.random(shape) < 0.5
+        plus, less, more, end = (ALPHABET.index(c) for c in "+<>;")
+        prompt = np.full((*shape, WIDTH), end)
+        prompt[..., :3], prompt[..., 3], prompt[..., 4:7] = digits[..., :3], plus, digits[..., 3:]
+        prompt[sorting, 0], prompt[sorting, 1:7] = less, digits[sorting]
+        a, b = (digits[..., i : i + 3] @ np.array([100, 10, 1]) for i in (0, 3))
+        answer = np.full((*shape, WIDTH), end)
+        for place, modulus in enumerate((1000, 100, 10)):
+            answer[..., place] = (a % modulus + b % modulus) // modulus
+        for place in range(4):
+            answer[..., 3 + place] = (a + b) // 10 ** (3 - place) % 10
+        answer[sorting, 0], answer[sorting, 1:7] = more, np.sort(digits[sorting])
+        return prompt.reshape(n, -1), answer.reshape(n, -1)
+
+
+def score(prompts: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Which solutions are right: bool ``[n, problems]`` of answers ``[n, 8 * problems]``."""
+    right = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        asked, said = decode(prompt), decode(answer)
+        starts = range(0, len(asked), WIDTH)
+        right.append([said[i : i + WIDTH] == solve(asked[i : i + WIDTH]) for i in starts])
+    return np.array(right)
