@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from sharewell.ann import FlatIndex, HNSWConfig, HNSWIndex, HNSWTransformer, IndexFormatError
 from sharewell.ann.base import METRICS, Metric, Strategy
-from sharewell.ann.graph import reachable
+from sharewell.ann.repair import reachable
 
 
 def clustered(n: int, dim: int, seed: int = 0, clusters: int = 300) -> np.ndarray:
@@ -464,9 +464,11 @@ TestChurn = Churn.TestCase
 def test_a_second_process_finds_the_compiled_kernels():
     script = (
         "import time, numpy as np\n"
-        "from sharewell.ann import HNSWIndex, graph\n"
+        "from sharewell.ann import HNSWIndex, insertion, searching, single\n"
         "i = HNSWIndex(8); i.add(np.eye(8)); i.search(np.ones(8), 1, strategy='graph')\n"
-        "print(sum(sum(f.stats.cache_misses.values()) for f in (graph.search_many, graph.insert_many)))\n"
+        "i.search(np.ones(8, np.float32), 1, strategy='graph')\n"
+        "print(sum(sum(f.stats.cache_misses.values()) for f in ("
+        "searching.search_many, insertion.insert_many, single.look_up)))\n"
     )
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

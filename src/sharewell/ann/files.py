@@ -22,7 +22,7 @@ from .base import IndexFormatError
 from .graph import Graph
 from .rows import Rows, grown
 
-MAGIC = b"SWANN\x00\x00\x01"  # the last byte is the version
+MAGIC = b"SWANN\x00\x00\x02"  # the last byte is the version
 MAX_HEADER = 1 << 20
 _KINDS = {"float32", "int8", "uint8", "int16", "int32", "int64"}
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import graph as kernels
+from . import insertion, repair, searching
 from .base import (
     METRICS,
     Metric,
@@ -42,7 +42,9 @@ COMPACT_ABOVE = 0.3  # share of tombstones
 class HNSWConfig:
     """``M``: links a node and layer (2M on layer 0); ``ef_construction``, ``ef``: candidates kept while
     inserting and searching; ``capacity``: slots to begin with (it grows); ``storage="int8"`` keeps a quarter
-    of the bytes at some loss of recall. Raises ValueError naming the field and its range.
+    of the bytes at some loss of recall; ``sketches`` keep a copy of float32 vectors in bytes beside them,
+    which spares most distances on a walk and changes nothing in what is found. Raises ValueError naming the
+    field and its range.
     """
 
     dim: int
@@ -54,6 +56,7 @@ class HNSWConfig:
     seed: int = 100
     storage: str = "float32"
     threads: int | None = None
+    sketches: bool = True
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, allowed: str) -> None:
@@ -94,7 +97,7 @@ class HNSWIndex(VectorIndex):
             raise TypeError(f"settings go into the HNSWConfig, got {sorted(settings)}")
         c = self.config
         self.dim, self.metric = c.dim, c.metric
-        self._rows = Rows(c.dim, c.metric, c.M, c.storage, c.capacity)
+        self._rows = Rows(c.dim, c.metric, c.M, c.storage, c.capacity, c.sketches)
         self._levels = np.random.default_rng(c.seed)
         self._mean_level = 1 / math.log(c.M)
         self._unchecked = 0  # insertions since reachability was last looked at
@@ -147,7 +150,7 @@ class HNSWIndex(VectorIndex):
 
         def work() -> None:
             with rows.scratch(g, ef) as s:
-                kernels.insert_many(g, rows.code, slots, ticket, ef, s)
+                insertion.insert_many(g, rows.code, slots, ticket, ef, s)
 
         _run([work] * max(1, min(threads, len(slots) // 32)))
 
@@ -157,7 +160,7 @@ class HNSWIndex(VectorIndex):
         g, ef = rows.graph, max(self.config.ef_construction, self.config.M)
         with rows.scratch(g, ef) as s:
             for _ in range(16):
-                if not kernels.connect_lost(g, rows.code, rows.n, ef, s):
+                if not repair.connect_lost(g, rows.code, rows.n, ef, s):
                     break
         self._unchecked = 0
 
@@ -178,12 +181,12 @@ class HNSWIndex(VectorIndex):
             if not gone.size:
                 return
             with rows.scratch(g, 256) as s:
-                kernels.bypass_dead(g, rows.code, rows.n, s)
+                repair.bypass_dead(g, rows.code, rows.n, s)
             live = rows.live(g)
             entry = int(live[g.level[live].argmax()]) if live.size else -1
             g.meta[ENTRY], g.meta[TOP] = entry, g.level[entry] if live.size else -1
             rows.release(gone)
-            kernels.count_incoming(g, rows.n)
+            repair.count_incoming(g, rows.n)
             if live.size:
                 self._connect()
 
@@ -205,6 +208,10 @@ class HNSWIndex(VectorIndex):
         ``strategy="auto"`` takes the graph or an exact scan, whichever costs less; "graph" and "scan" insist.
         """
         rows = self._rows
+        if filter is None and isinstance(queries, np.ndarray) and (threads is None or threads >= 1):
+            found = self._look_up(queries, k, ef, strategy)
+            if found is not None:
+                return found
         q = rows.padded_queries(checked_rows("queries", queries, self.dim, self.metric))
         k = checked_k(k)
         if ef is not None and ef < 1:
@@ -224,6 +231,25 @@ class HNSWIndex(VectorIndex):
                 nodes, distances = self._walk(g, q, k, wide, allowed, self._thread_count(threads))
             labels = np.where(nodes >= 0, rows.labels[nodes], -1)
         return SearchResult(labels, distances, strategy)
+
+    def _look_up(self, query: np.ndarray, k: int, ef: int | None, strategy: Strategy) -> SearchResult | None:
+        """The short way for one float32 vector that a walk answers in full; None for everything else, errors
+        included.
+        """
+        if (
+            query.dtype != np.float32
+            or query.size != self.dim
+            or query.shape[-1] != self.dim
+            or query.ndim > 2
+        ):
+            return None
+        if type(k) is not int or not 1 <= k <= len(self) or (ef is not None and ef < 1):
+            return None
+        wide = max(ef or self.config.ef, k)
+        if strategy != "graph" and (strategy != "auto" or self._scan_is_cheaper(len(self), wide)):
+            return None
+        found = self._rows.look_up(np.ascontiguousarray(query.reshape(-1)), k, wide)
+        return None if found is None else SearchResult(*found, "graph")
 
     def _allowed(self, g: Graph, filter: npt.ArrayLike) -> np.ndarray:
         """Live slots of the labels in ``filter``, ascending; labels that are not there allow nothing."""
@@ -245,7 +271,7 @@ class HNSWIndex(VectorIndex):
 
         def part(first: int, last: int) -> None:
             with rows.scratch(g, 1) as s:
-                kernels.scan_many(g, rows.code, q, k, slots, first, last, nodes, distances, s)
+                searching.scan_many(g, rows.code, q, k, slots, first, last, nodes, distances, s)
 
         _run([lambda a=a, b=b: part(a, b) for a, b in spread(len(q), threads)])
         return nodes, distances
@@ -265,7 +291,7 @@ class HNSWIndex(VectorIndex):
             q: np.ndarray, first: int, last: int, ef: int, nodes: np.ndarray, distances: np.ndarray
         ) -> None:
             with rows.scratch(g, ef) as s:
-                kernels.search_many(g, rows.code, q, k, ef, mask, first, last, nodes, distances, s)
+                searching.search_many(g, rows.code, q, k, ef, mask, first, last, nodes, distances, s)
 
         threads = threads if len(q) >= 32 else 1
         _run([lambda a=a, b=b: part(q, a, b, ef, nodes, distances) for a, b in spread(len(q), threads)])
@@ -308,7 +334,7 @@ class HNSWIndex(VectorIndex):
         with rows.lock:
             g = rows.graph
             live = rows.live(g)
-            seen = kernels.reachable(g, rows.n)
+            seen = repair.reachable(g, rows.n)
             degrees = np.bincount(g.count0[live], minlength=1)
             return IndexStats(
                 vectors=len(self),
@@ -334,6 +360,7 @@ class HNSWIndex(VectorIndex):
         vectors = np.random.default_rng(0).standard_normal((40, self.dim))
         small.add(vectors, threads=1)
         small.search(vectors[:2], 2, strategy="graph")
+        small.search(vectors[0].astype(np.float32), 2, strategy="graph")
         small.search(vectors[:2], 2, strategy="scan")
         small.remove([0])
         small.compact()

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from .base import IndexFormatError, Metric
-from .graph import ENTRY, TOP, Graph, count_incoming
+from .graph import ENTRY, TOP, Graph
 from .hnsw import HNSWConfig, HNSWIndex
-from .rows import LAYERS, empty_graph
+from .repair import count_incoming
+from .rows import LAYERS, draw_sketches, empty_graph
 
 # offset of layer 0, capacity, count, bytes an element, place of the label, place of the vector, top level,
 # entry,
@@ -77,6 +78,7 @@ def from_hnswlib(path: Path | str, dim: int, metric: Metric = "l2") -> HNSWIndex
     g = empty_graph(max(1, n), dim, m, "float32", len(rows))
     g.vectors[:n, :dim], g.level[:n], g.count0[:n] = vectors, levels, counts
     g.norms[:n] = np.einsum("ij,ij->i", vectors, vectors)
+    draw_sketches(g, np.arange(n), vectors)
     g.links0[:n] = np.minimum(words[:, 1:], max(n, 1) - 1)  # cells beyond the count hold anything
     g.links[:], g.count[:] = np.minimum(rows[:, 1:], max(n, 1) - 1), rows[:, 0]
     g.upper[:n] = np.concatenate(([0], np.cumsum(levels[:-1]))) if n else 0

@@ -20,6 +20,8 @@ _I8, _I32, _I64 = (ir.IntType(n) for n in (8, 32, 64))
 _F32 = ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 _BYTES = ir.VectorType(_I8, LANES)
+_WORDS = ir.VectorType(ir.IntType(16), 32)
+_WHOLE = ir.VectorType(_I32, LANES)
 _UNROLL = 4  # independent sums: one alone would wait for the latency of every multiplication
 
 
@@ -106,6 +108,54 @@ def inner_product_int8(typingctx, x, y, blocks):  # noqa: ANN001, ANN201
 
 
 @intrinsic
+def inner_product_int16(typingctx, x, y, blocks):  # noqa: ANN001, ANN201
+    """sum x y as int32, of a row of signed bytes and one of int16 (aligned to 32 and 64 bytes), given by
+    their addresses; ``blocks`` of 32. The caller sees to it that the sum fits.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, y, blocks = args
+        sums = [cgutils.alloca_once(b, _WHOLE) for _ in range(_UNROLL)]
+        for s in sums:
+            b.store(ir.Constant(_WHOLE, [0] * LANES), s)
+        whole_instruction = "+avx512bw" in context.codegen().magic_tuple()[2]
+
+        def step(block: Any, s: Any) -> None:
+            xv = b.load(_at(b, b.add(x, b.shl(block, ir.Constant(_I64, 5))), ir.VectorType(_I8, 32)))
+            yv = b.load(_at(b, b.add(y, b.shl(block, ir.Constant(_I64, 6))), _WORDS))
+            xv.align, yv.align = 32, 64
+            b.store(b.add(b.load(s), _pair_products(b, b.sext(xv, _WORDS), yv, whole_instruction)), s)
+
+        whole = b.lshr(blocks, ir.Constant(_I64, 2))
+        with cgutils.for_range(b, whole) as loop:
+            first = b.shl(loop.index, ir.Constant(_I64, 2))
+            for j, s in enumerate(sums):
+                step(b.add(first, ir.Constant(_I64, j)), s)
+        done = b.shl(whole, ir.Constant(_I64, 2))
+        with cgutils.for_range(b, b.sub(blocks, done)) as loop:
+            step(b.add(done, loop.index), sums[0])
+        a, c, d, e = (b.load(s) for s in sums)
+        kind = ir.FunctionType(_I32, [_WHOLE])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.vector.reduce.add.v16i32")
+        return b.call(function, [b.add(b.add(a, c), b.add(d, e))])
+
+    return types.int32(types.int64, types.int64, types.int64), codegen
+
+
+def _pair_products(b: Any, x: Any, y: Any, whole_instruction: bool) -> Any:
+    """x[2i] y[2i] + x[2i + 1] y[2i + 1] of 32 int16 each, as 16 int32."""
+    if whole_instruction:
+        kind = ir.FunctionType(_WHOLE, [_WORDS, _WORDS])
+        name = "llvm.x86.avx512.pmaddw.d.512"
+        return b.call(cgutils.get_or_insert_function(b.module, kind, name), [x, y])
+    wide = ir.VectorType(_I32, 32)
+    products = b.mul(b.sext(x, wide), b.sext(y, wide))
+    even, odd = (ir.Constant(_WHOLE, list(range(first, 32, 2))) for first in (0, 1))
+    undefined = ir.Constant(wide, ir.Undefined)
+    return b.add(b.shuffle_vector(products, undefined, even), b.shuffle_vector(products, undefined, odd))
+
+
+@intrinsic
 def address(typingctx, array):  # noqa: ANN001, ANN201
     """Where the array's data begins."""
 
@@ -113,6 +163,17 @@ def address(typingctx, array):  # noqa: ANN001, ANN201
         return b.ptrtoint(context.make_array(signature.args[0])(context, b, args[0]).data, _I64)
 
     return types.int64(array), codegen
+
+
+@intrinsic
+def pointer(typingctx, at, like):  # noqa: ANN001, ANN201
+    """An address as a pointer to values of the type of ``like``."""
+    kind = types.CPointer(like)
+
+    def codegen(context, b, signature, args):  # noqa: ANN001, ANN202
+        return b.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(at, like), codegen
 
 
 @intrinsic
