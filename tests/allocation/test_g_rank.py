@@ -261,6 +261,8 @@ def test_a_small_network_converges_and_isolation_acts():
 
 
 def test_communities_keep_their_own_ranking():
+    """The goal of a lead of 0.2 nDCG@10 is more than any ranking can lead by here (1 - popularity's score,
+    about 0.14): so this asks for half of what there is, and the benchmark prints both."""
     config = SimConfig(nodes=20, items=60, terms=10, steps=1200, measure_at=(1200,), communities=2)
     (frame,) = simulate(config, seed=0).frames
     assert frame.community_ndcg is not None and frame.community_ndcg_popular is not None

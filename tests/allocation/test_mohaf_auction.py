@@ -201,6 +201,8 @@ def test_prices_follow_load_within_their_clip_and_winners_pay_at_most_their_budg
 
 
 def test_the_bound_is_above_the_optimum_and_above_every_mechanism():
+    """The goal of 0.8 of the bound is for 3553 x 888, which the benchmark measures; 300 x 80 is coarser, and
+    its seeds give 0.7997 to 0.803."""
     rng = np.random.default_rng(3)
     for _ in range(25):
         problem = small(rng, unit=False)
@@ -215,7 +217,7 @@ def test_the_bound_is_above_the_optimum_and_above_every_mechanism():
         allocation = mechanism.solve(problem)
         check_allocation(problem, allocation)
         values.append(objective_value(problem, allocation, Objective()))
-    assert max(values) == values[0] <= bound.upper
+    assert max(values) == values[0] <= bound.upper and values[0] >= 0.79 * bound.upper
 
 
 def test_losers_count_in_the_metrics():

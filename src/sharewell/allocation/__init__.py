@@ -25,8 +25,9 @@ if TYPE_CHECKING:
         objective_value,
     )
     from .fixedpoint import FixedPoint, Game, Result, StalledUser, run
-    from .gossip import DamagedLog, GossipLog, Identity, LogConflict, LogLimits, MergeReport
+    from .gossip import DamagedLog, GossipLog, LogConflict, LogLimits, MergeReport
     from .grank import ClickLog, ClickLogConflict, GRank, GRankEstimator
+    from .identity import Identity
     from .interference import InterferenceGame, NoisyGame
     from .mohaf import Mohaf, MohafConfig
     from .peers import Peer
@@ -69,7 +70,7 @@ _HOME = {
     "run": "fixedpoint",
     "DamagedLog": "gossip",
     "GossipLog": "gossip",
-    "Identity": "gossip",
+    "Identity": "identity",
     "LogConflict": "gossip",
     "LogLimits": "gossip",
     "MergeReport": "gossip",

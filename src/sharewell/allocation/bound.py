@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import Allocation, Objective, Problem
-from .mohaf import request_columns, weights_of
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,16 @@ class LPBound:
         from scipy.optimize import linprog
         from scipy.sparse import coo_matrix
 
-        from .placement import best_reduced
+        from .market import ask_rows, offer_rows, weights_of
+        from .offers import best_reduced
 
         n, (m, dims) = len(problem.budget), problem.capacity.shape
         groups, size = len(problem.group_size), problem.size / problem.size.mean()
-        req, w, w_fair = request_columns(problem), weights_of(self.objective), self.objective.w_fair
-        res = np.column_stack([problem.reliability, problem.availability, problem.energy])
-        price = problem.cost * self.factor
+        w, w_fair, price = weights_of(self.objective), self.objective.w_fair, problem.cost * self.factor
+        ask, offer = ask_rows(problem), offer_rows(problem, price, problem.capacity)
 
         def best(duals: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return best_reduced(
-                req, problem.demand, problem.request_location, res, problem.capacity,
-                problem.resource_location, price, duals, problem.worst_energy, w, keep,
-            )  # fmt: skip
+            return best_reduced(ask, offer, duals, problem.worst_energy, w, keep)
 
         rows, _, utility = best(np.zeros((m, dims)), self.columns)
         pairs: dict[tuple[int, int], float] = {}

@@ -1,4 +1,4 @@
-"""A tree of resource clusters: k-means++ on what decides a placement, split until clusters are small."""
+"""Clusters of resources: k-means++ on what decides a placement."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ from .core import Problem
 
 
 @dataclass(frozen=True, eq=False)
-class ClusterTree:
-    """Resources in leaf order, and nodes whose children (or members, for a leaf) are the rows
-    ``first[node]:last[node]``. Children always come after their parent; node 0 is the root."""
+class Clusters:
+    """``label`` [M]: cluster of each resource, from 0 to ``count`` - 1. ``silhouette``: on a sample."""
 
-    order: np.ndarray  # [M]: resource at each row
-    first: np.ndarray
-    last: np.ndarray
-    leaf: np.ndarray
-    parent: np.ndarray
-    home: np.ndarray  # [M]: leaf of each row
-    clusters: int  # directly below the root
-    silhouette: float  # of those clusters, on a sample; 0 when there is one
+    label: np.ndarray
+    count: int
+    silhouette: float
 
 
 def features(problem: Problem) -> np.ndarray:
@@ -85,78 +79,12 @@ def silhouette(x: np.ndarray, labels: np.ndarray, rng: np.random.Generator, samp
     return float(width.mean())
 
 
-def build_tree(problem: Problem, leaf_size: int, seed: int) -> ClusterTree:
-    """k = ceil(sqrt(members / 2)) clusters, at least 2, at every level, until at most ``leaf_size`` are
-    left.
-    """
+def cluster(problem: Problem, seed: int) -> Clusters:
+    """k = ceil(sqrt(M / 2)) clusters, at least 2."""
     x, rng = features(problem), np.random.default_rng(seed)
-    first, last, leaf, parent = [0], [0], [False], [-1]
-    order: list[np.ndarray] = []
-    home: list[np.ndarray] = []
-    rows, clusters, width = 0, 1, 0.0
-    queue: list[tuple[int, np.ndarray]] = [(0, np.arange(len(x)))]
-    while queue:
-        node, members = queue.pop(0)
-        if len(members) <= leaf_size:
-            leaf[node], first[node], last[node] = True, rows, rows + len(members)
-            order.append(members)
-            home.append(np.full(len(members), node))
-            rows += len(members)
-            continue
-        k = max(2, math.ceil(math.sqrt(len(members) / 2)))
-        labels = kmeans(x[members], k, rng)
-        parts = [members[labels == c] for c in range(k)]
-        parts = [part for part in parts if len(part)]
-        if len(parts) == 1:  # all alike: any split is as good
-            parts = np.array_split(members, k)
-        if node == 0:
-            clusters, width = len(parts), silhouette(x[members], labels, rng)
-        first[node], last[node] = len(first), len(first) + len(parts)
-        for part in parts:
-            queue.append((len(first), part))
-            first.append(0)
-            last.append(0)
-            leaf.append(False)
-            parent.append(node)
-    return ClusterTree(
-        np.concatenate(order),
-        np.array(first),
-        np.array(last),
-        np.array(leaf),
-        np.array(parent),
-        np.concatenate(home),
-        clusters,
-        width,
-    )
-
-
-def static_boxes(problem: Problem, tree: ClusterTree) -> np.ndarray:
-    """[nodes, 8]: price (filled in later), best reliability and availability, lowest energy, place ranges."""
-    nodes = len(tree.first)
-    box = np.zeros((nodes, 8))
-    for node in range(nodes - 1, -1, -1):
-        rows = slice(tree.first[node], tree.last[node])
-        if tree.leaf[node]:
-            at = tree.order[rows]
-            place = problem.resource_location[at]
-            box[node, 1:] = (
-                problem.reliability[at].max(),
-                problem.availability[at].max(),
-                problem.energy[at].min(),
-                place[:, 0].min(),
-                place[:, 0].max(),
-                place[:, 1].min(),
-                place[:, 1].max(),
-            )
-        else:
-            below = box[rows]
-            box[node, 1:] = (
-                below[:, 1].max(),
-                below[:, 2].max(),
-                below[:, 3].min(),
-                below[:, 4].min(),
-                below[:, 5].max(),
-                below[:, 6].min(),
-                below[:, 7].max(),
-            )
-    return box
+    k = max(2, math.ceil(math.sqrt(len(x) / 2)))
+    label = kmeans(x, k, rng)
+    names, label = np.unique(label, return_inverse=True)
+    if len(names) == 1:  # all alike: any split is as good
+        names, label = np.arange(k), np.arange(len(x)) * k // len(x)
+    return Clusters(label, len(names), silhouette(x, label, rng))

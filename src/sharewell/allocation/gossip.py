@@ -14,9 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
+from .identity import Identity, Signatures, sealed
 from .wire import (
     ROOT,
     SIGNATURE,
@@ -27,7 +25,6 @@ from .wire import (
     encode,
     link_of_packed,
     pack_row,
-    signed_part,
     split_points,
     unpack_row,
 )
@@ -52,25 +49,6 @@ class LogConflict(ValueError):
 
 class DamagedLog(ValueError):
     """The file of a log is not as it was written; no row of it is used."""
-
-
-class Identity:
-    """An author: an Ed25519 key pair. The public key is the author's only name."""
-
-    def __init__(self, seed: bytes | None = None) -> None:
-        if seed is not None and len(seed) != 32:
-            raise ValueError(f"seed must have 32 bytes, got {len(seed)}")
-        self._key = (
-            Ed25519PrivateKey.generate() if seed is None else Ed25519PrivateKey.from_private_bytes(seed)
-        )
-        self.author = self._key.public_key().public_bytes_raw()
-
-    @property
-    def secret(self) -> bytes:
-        return self._key.private_bytes_raw()
-
-    def sign(self, seq: int, link: bytes) -> bytes:
-        return self._key.sign(signed_part(self.author, seq, link))
 
 
 @dataclass(frozen=True)
@@ -116,7 +94,7 @@ class GossipLog:
     ) -> None:
         self.limits, self.share = limits or LogLimits(), share
         self._name = Path(path).name
-        self._keys: dict[bytes, Ed25519PublicKey] = {}
+        self._signatures = Signatures()
         self._heads: dict[bytes, tuple[int, bytes]] = {}
         self._state: dict[bytes, int] = {}
         self._aside: dict[bytes, int] = {}  # runs that wait, by author
@@ -144,6 +122,8 @@ class GossipLog:
         for author, seq, packed, link, signature in self._db.execute(
             "SELECT author, seq, packed, link, signature FROM rows ORDER BY author, seq"
         ):
+            if not all(isinstance(value, bytes) for value in (author, packed, link)):
+                raise DamagedLog(f"{self._name}: a row holds a value of another type")
             before, previous = self._heads.get(author, (0, ROOT))
             if seq != before + 1 or link_of_packed(previous, author, seq, packed) != link:
                 raise DamagedLog(
@@ -154,7 +134,7 @@ class GossipLog:
             if signature is not None:
                 newest[author] = (seq, link, self._unsealed(signature))
         for author, (seq, link, signature) in newest.items():
-            if not self._verify(author, seq, link, signature):
+            if not self._signatures.right(author, seq, link, signature):
                 raise DamagedLog(f"{self._name}: the rows of author {author.hex()[:16]} are not its own")
         for author, count in self._db.execute(
             "SELECT author, COUNT(*) FROM aside WHERE kind = 'waiting' GROUP BY author"
@@ -175,10 +155,10 @@ class GossipLog:
         with self._transaction():
             self._remember_identity()
 
-    def _unsealed(self, sealed: bytes) -> bytes:
-        if _sealed(sealed[:SIGNATURE]) != sealed:
+    def _unsealed(self, stored: bytes) -> bytes:
+        if sealed(stored[:SIGNATURE]) != stored:
             raise DamagedLog(f"{self._name}: a signature is altered")
-        return sealed[:SIGNATURE]
+        return stored[:SIGNATURE]
 
     def _remember_identity(self) -> None:
         secret = self.identity.secret
@@ -246,7 +226,7 @@ class GossipLog:
         return seq
 
     def _insert(self, author: bytes, seq: int, packed: bytes, link: bytes, signature: bytes | None) -> None:
-        values = (author, seq, packed, link, None if signature is None else _sealed(signature))
+        values = (author, seq, packed, link, None if signature is None else sealed(signature))
         self._db.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", values)
         self._heads[author] = (seq, link)
         self._count += 1
@@ -336,7 +316,7 @@ class GossipLog:
         if run.last <= head and self._link(author, run.last) == links[-1]:
             report.duplicates += len(packed)  # one link fixes all before it
             return
-        if not self._verify(author, run.last, links[-1], run.signature):
+        if not self._signatures.right(author, run.last, links[-1], run.signature):
             raise GossipFormatError(f"signature of author {author.hex()[:16]} up to row {run.last} is wrong")
         if run.first == 1 and run.link != ROOT:
             raise GossipFormatError(f"author {author.hex()[:16]} signed a first row that has one before it")
@@ -388,7 +368,7 @@ class GossipLog:
                     run.first + k,
                     packed[k],
                     links[k],
-                    _sealed(run.signature) if k == last else None,
+                    sealed(run.signature) if k == last else None,
                 )
                 for k in range(start, stop)
             ],
@@ -449,16 +429,6 @@ class GossipLog:
             "INSERT INTO authors VALUES (?, ?) ON CONFLICT DO UPDATE SET state = ?2", (author, state)
         )
 
-    def _verify(self, author: bytes, seq: int, link: bytes, signature: bytes) -> bool:
-        try:
-            key = self._keys.get(author)
-            if key is None:
-                key = self._keys[author] = Ed25519PublicKey.from_public_bytes(author)
-            key.verify(signature, signed_part(author, seq, link))
-        except (InvalidSignature, ValueError):
-            return False
-        return True
-
     def forget(self, author: bytes) -> int:
         """Delete an author's rows here and take no more of them; returns how many. Forgetting oneself also
         draws a new key: the old numbers may live on elsewhere and must not be used twice."""
@@ -511,11 +481,6 @@ class _Transaction:
             log.identity = identity
         if log._db.in_transaction:
             log._db.execute("ROLLBACK")
-
-
-def _sealed(signature: bytes) -> bytes:
-    """A signature as it is stored, with a checksum: verifying all of them at every opening takes long."""
-    return signature + hashlib.blake2b(signature, digest_size=8).digest()
 
 
 def _differ(run: Run, links: list[bytes], other: Run) -> int:

@@ -6,7 +6,8 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .gossip import GossipLog, Identity, LogConflict, LogLimits, MergeReport
+from .gossip import GossipLog, LogConflict, LogLimits, MergeReport
+from .identity import Identity
 from .ranking import Author, ClickRow, GRankConfig, Item, Ranked, RankIndex
 from .wire import GossipFormatError, Row
 

@@ -284,11 +284,16 @@ class RankIndex:
 
     def _why(self, query: str, item: str) -> tuple[tuple[Author, float, float], ...]:
         """Who clicked the item for the query, strongest first."""
+        self._settle()
+        raw, greatest, isolation = self._raw, self._greatest, self.config.isolation
+        faded = self.config.half_life is not None
         rows = []
         for author, vote in self._votes.get(query, {}).get(item, {}).items():
-            count = vote if self.config.half_life is None else self._faded(author, vote)
-            rows.append((author, count, self.similarity(author)))
-        return tuple(sorted(rows, key=lambda w: (-w[1] * (w[2] + self.config.isolation), w[0])))
+            count = self._faded(author, vote) if faded else vote
+            alike = raw.get(author, 0.0) / greatest if greatest > 0 else 0.0
+            rows.append((author, count, 1.0 if author == self.own else alike))
+        rows.sort(key=lambda w: (-w[1] * (w[2] + isolation), w[0]))
+        return tuple(rows)
 
     def _cold(self, query: str, allowed: set[str] | None) -> list[Ranked]:
         """A query nobody is known to have asked: own library, then tags in the log, then what is clicked
