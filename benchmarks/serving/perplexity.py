@@ -93,7 +93,7 @@ def compare(
     threads: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Perplexity of ``folder`` in each format on the first ``tokens`` tokens of ``text`` (the help topics)."""
+    """Perplexity of ``folder`` in each format on the first ``tokens`` tokens of ``text`` (help topics)."""
     ids = passage(Tokenizer(folder), help_topics() if text is None else text, tokens)
     found = {}
     for done, format in enumerate(formats):

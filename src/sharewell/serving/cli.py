@@ -75,6 +75,16 @@ def serve(
     share_scope: Annotated[
         str, typer.Option(help="Who shares them: key (requests of one API key) or all.")
     ] = "key",
+    cache: Annotated[
+        str, typer.Option(help="Answer cache: exact (equal requests), semantic (other words too) or off.")
+    ] = "exact",
+    cache_file: Annotated[
+        Path | None, typer.Option(help="SQLite file of cached answers; servers may share it.")
+    ] = None,
+    cache_sampled: Annotated[
+        bool, typer.Option(help="Also answer requests that ask for a fresh sample from the cache.")
+    ] = False,
+    cache_entries: Annotated[int, typer.Option(min=1, help="Most answers in the cache.")] = 100_000,
     lora: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER of a peft LoRA adapter; repeat for several.")
     ] = None,
@@ -159,6 +169,10 @@ def serve(
         embedding_model=embedding_model,
         cors_origins=tuple(cors_origin or ()),
         state_path=state_path(state),
+        cache=cache,
+        cache_path=None if cache == "off" else cache_file or state_path(state).with_name("answers.sqlite3"),
+        cache_sampled=cache_sampled,
+        cache_entries=cache_entries,
         max_body_bytes=_bytes(max_body, "--max-body"),
         max_connections=max_connections,
         body_timeout_s=body_timeout,

@@ -45,7 +45,9 @@ class RunningServer:
 def serving(folder: Path, *options: str, keys: dict[str, str] | None = None) -> Iterator[RunningServer]:
     """A server on a free port with one thread, until the block ends."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "sharewell", "serve", "--port", "0", "--threads", "1", *options]
+    command = [sys.executable, "-m", "sharewell", "serve", "--port", "0", "--threads", "1"]
+    # what is asked twice is to be computed twice, unless a test says otherwise
+    command += ["--cache", "off", *options] if "--cache" not in options else options
     environment = {**os.environ, "SHAREWELL_STATE": str(folder / "state.sqlite3")}
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)

@@ -25,7 +25,9 @@ LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 class Chat:
     """One chat request on its way: prompt, engine request, and its answer in both forms."""
 
-    def __init__(self, service: Service, body: ChatRequest, key: ApiKey) -> None:
+    def __init__(
+        self, service: Service, body: ChatRequest, key: ApiKey, cache_control: str | None = None
+    ) -> None:
         self.service, self.body, self.key = service, body, key
         self.id, self.created = new_id("chatcmpl"), int(service.clock.unix())
         self.usage = Usage()
@@ -37,6 +39,11 @@ class Chat:
         named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         self.fields = Fields("messages", "tools" if forced else "response_format", named)
         self._parsers: dict[int, ToolCallParser] = {}
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        question, history = _question(body)
+        self.ask = service.answers.ask(
+            body, cache_control, question=question, history=history, max_tokens=asked
+        )
 
     async def request(self) -> EngineRequest:
         """The engine request. Raises ApiError 400."""
@@ -63,8 +70,9 @@ class Chat:
     def _pieces(self, request: EngineRequest) -> AsyncGenerator[Piece]:
         special = self.mode == "auto" and self.syntax.special
         return self.service.generate(
-            request, stop_list(self.body.stop), self.key, self.usage, self.fields, keep_special=special
-        )
+            request, stop_list(self.body.stop), self.key, self.usage, self.fields, keep_special=special,
+            ask=self.ask,
+        )  # fmt: skip
 
     def _deltas(self, piece: Piece) -> list[Delta]:
         """The piece's text, split into what is shown and calls."""
@@ -184,6 +192,19 @@ class Chat:
         }
 
 
+def _question(body: ChatRequest) -> tuple[str, Any]:
+    """What may be asked in other words (the last message, when a user wrote it in a chat without tools), and
+    what the answer depends on besides."""
+    last = body.messages[-1]
+    text = last.content
+    if isinstance(text, list):
+        text = "".join(part.text for part in text)
+    if last.role != "user" or body.tools or not text:
+        return "", None
+    earlier = [m.model_dump(mode="json", exclude_none=True) for m in body.messages[:-1]]
+    return text, [earlier, last.name, body.chat_template_kwargs]
+
+
 def _delta_body(delta: Delta) -> dict[str, Any]:
     if delta.call is None:
         return {"content": delta.text}
@@ -200,8 +221,10 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
     key: ApiKey = request.scope["sharewell.key"]
     refuse_unsupported(body)
-    chat = Chat(service, body, key)
+    chat = Chat(service, body, key, request.headers.get("cache-control"))
     service.admit(key)
+    note = chat.ask.note
     if body.stream:
-        return await stream(request, chat.events())
-    return JsonResponse(await unless_gone(request, chat.whole()))
+        return await stream(request, chat.events(), note.headers)
+    answer = await unless_gone(request, chat.whole())
+    return JsonResponse(answer, headers=note.headers())

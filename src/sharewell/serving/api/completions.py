@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..core.messages import EngineRequest, TokenLogprob
+from .answers import Ask
 from .chat import LEAST_LOGPROB
 from .errors import ApiError
 from .keys import ApiKey
@@ -32,16 +33,21 @@ class _Prompt:
     number: int
     request: EngineRequest
     echo: str
+    ask: Ask
     usage: Usage = field(default_factory=Usage)
 
 
 class Completion:
     """One request of one or more prompts, each with n choices; choice numbers run over prompts, then n."""
 
-    def __init__(self, service: Service, body: CompletionRequest, key: ApiKey) -> None:
+    def __init__(
+        self, service: Service, body: CompletionRequest, key: ApiKey, cache_control: str | None = None
+    ) -> None:
         self.service, self.body, self.key = service, body, key
         self.id, self.created = new_id("cmpl"), int(service.clock.unix())
         self.adapter = service.resolve(body.model)
+        self._cache_control = cache_control
+        self._asks: list[Ask] = []
         # A request that scores one given token reads the last of its scores as the token that came after: an
         # end token counts there as any other (lm-eval-harness drops that last one).
         self.scoring = bool(body.echo) and body.logprobs is not None and body.max_tokens == 1
@@ -90,12 +96,21 @@ class Completion:
             f"{self.id}-{number}", ids, sampling, self.key, FIELDS,
             n=body.n or 1, adapter=self.adapter, priority=body.priority,
         )  # fmt: skip
-        return _Prompt(number, request, echo if body.echo else "")
+        # a text to go on from is no question: the exact tier only
+        ask = service.answers.ask(body, self._cache_control, max_tokens=asked)
+        self._asks.append(ask)
+        return _Prompt(number, request, echo if body.echo else "", ask)
 
     def _pieces(self, prompt: _Prompt) -> AsyncGenerator[Piece]:
         return self.service.generate(
-            prompt.request, stop_list(self.body.stop), self.key, prompt.usage, FIELDS
+            prompt.request, stop_list(self.body.stop), self.key, prompt.usage, FIELDS, ask=prompt.ask
         )
+
+    def headers(self) -> dict[str, str]:
+        """Of several prompts it is a hit only when all are."""
+        notes = [ask.note for ask in self._asks]
+        other = next((note for note in notes if note.status != "hit"), None)
+        return (other or notes[0]).headers() if notes else {}
 
     def _usage(self, prompts: Sequence[_Prompt]) -> dict[str, Any]:
         total = Usage()
@@ -252,8 +267,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     service: Service = request.app.state.service
     key: ApiKey = request.scope["sharewell.key"]
     refuse_unsupported(body)
-    completion = Completion(service, body, key)
+    completion = Completion(service, body, key, request.headers.get("cache-control"))
     service.admit(key)
     if body.stream:
-        return await stream(request, completion.events())
-    return JsonResponse(await unless_gone(request, completion.whole()))
+        return await stream(request, completion.events(), completion.headers)
+    answer = await unless_gone(request, completion.whole())
+    return JsonResponse(answer, headers=completion.headers())

@@ -13,11 +13,13 @@ from ..core.config import EngineConfig
 class ServerConfig:
     """What ``sharewell serve`` serves and on which terms. Raises ValueError naming the field and its range.
 
-    ``share_scope``: who shares computed prefixes: "key" (requests of one API key; the default) or "all".
-    ``state_path``: SQLite file of API keys, usage and stored responses; None keeps them in memory.
-    ``max_buffered_bytes`` bounds the bodies of all requests together, ``body_timeout_s`` the time that a
-    request's head, and then its body, may take, ``write_timeout_s`` the time that a client may leave its
-    answer unread.
+    ``share_scope``: who shares computed prefixes and answers: "key" (requests of one API key; the default)
+    or "all". ``cache``: "exact" (equal requests are answered once), "semantic" (questions in other words as
+    well) or "off"; a request may choose for itself unless it is off. ``cache_path``: its file, None for
+    memory; ``cache_sampled``: also answer requests that ask for a fresh sample. ``state_path``: SQLite file
+    of API keys, usage and stored responses; None keeps them in memory. ``max_buffered_bytes`` bounds the
+    bodies of all requests together, ``body_timeout_s`` the time that a request's head, and then its body, may
+    take, ``write_timeout_s`` the time that a client may leave its answer unread.
     """
 
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -27,6 +29,10 @@ class ServerConfig:
     embedding_model: str = "minilm"
     state_path: Path | None = None
     share_scope: str = "key"
+    cache: str = "exact"
+    cache_path: Path | None = None
+    cache_sampled: bool = False
+    cache_entries: int = 100_000
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     max_buffered_bytes: int = 256 << 20
@@ -42,7 +48,10 @@ class ServerConfig:
             raise ValueError(f"port must be in [0, 65535], got {self.port}")
         if self.share_scope not in ("key", "all"):
             raise ValueError(f"share_scope must be 'key' or 'all', got {self.share_scope!r}")
+        if self.cache not in ("off", "exact", "semantic"):
+            raise ValueError(f"cache must be 'off', 'exact' or 'semantic', got {self.cache!r}")
         for name in (
+            "cache_entries",
             "max_body_bytes",
             "max_buffered_bytes",
             "body_timeout_s",

@@ -38,7 +38,9 @@ def input_messages(given: str | list[ResponseInput]) -> list[dict[str, str]]:
 class Answer:
     """One response on its way."""
 
-    def __init__(self, service: Service, body: ResponsesRequest, key: ApiKey) -> None:
+    def __init__(
+        self, service: Service, body: ResponsesRequest, key: ApiKey, cache_control: str | None = None
+    ) -> None:
         self.service, self.body, self.key = service, body, key
         self.id, self.message_id = new_id("resp"), new_id("msg")
         self.created = int(service.clock.unix())
@@ -46,6 +48,11 @@ class Answer:
         self.adapter = service.resolve(body.model)
         self.format = (body.text.format if body.text else None) or ResponseFormatFlat()
         self.history = [*self._earlier(), *input_messages(body.input)]
+        last = self.history[-1]
+        self.ask = service.answers.ask(
+            body, cache_control, question=last["content"] if last["role"] == "user" else "",
+            history=[body.instructions, self.history[:-1]], max_tokens=body.max_output_tokens,
+        )  # fmt: skip
 
     def _earlier(self) -> list[dict[str, str]]:
         """The conversation up to ``previous_response_id``. Raises ApiError 404."""
@@ -80,7 +87,7 @@ class Answer:
         )
 
     def _pieces(self, request: EngineRequest) -> AsyncGenerator[Piece]:
-        return self.service.generate(request, [], self.key, self.usage, FIELDS)
+        return self.service.generate(request, [], self.key, self.usage, FIELDS, ask=self.ask)
 
     def _item(self, text: str, status: str) -> dict[str, Any]:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
@@ -193,11 +200,13 @@ async def create(request: Request, body: ResponsesRequest) -> Response:
     service: Service = request.app.state.service
     key: ApiKey = request.scope["sharewell.key"]
     refuse_unsupported(body)
-    answer = Answer(service, body, key)
+    answer = Answer(service, body, key, request.headers.get("cache-control"))
     service.admit(key)
+    note = answer.ask.note
     if body.stream:
-        return await stream(request, answer.events())
-    return JsonResponse(await unless_gone(request, answer.whole()))
+        return await stream(request, answer.events(), note.headers)
+    whole = await unless_gone(request, answer.whole())
+    return JsonResponse(whole, headers=note.headers())
 
 
 def _missing(response_id: str) -> ApiError:

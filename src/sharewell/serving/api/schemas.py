@@ -141,7 +141,7 @@ Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 class Extensions(Body):
     """``sharewell``: this server's own settings. What is not built in yet may only be switched off."""
 
-    cache: Literal["off"] | None = None
+    cache: Literal["off", "exact", "semantic"] | None = None
     relay: Literal["off"] | None = None
 
 

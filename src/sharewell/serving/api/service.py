@@ -21,6 +21,7 @@ from ...models import ChatTemplate, Embedder, IncrementalDetokenizer, Tokenizer,
 from ...simulation import Clock
 from ..core.messages import EngineRequest, GrammarSpec, SamplingParams, TokenLogprob, TokenOutput
 from ..core.process import AsyncEngine, Draining, EngineFailed, QueueFull, Refused
+from .answers import Answers, Ask, model_identity
 from .config import ServerConfig
 from .errors import ApiError, from_engine, from_failure
 from .keys import ApiKey, StateStore
@@ -114,6 +115,9 @@ class Service:
         self.template = ChatTemplate(self.folder)
         self.store = StateStore(config.state_path, clock)
         self.metrics = Metrics()
+        identity = model_identity(self.folder, config)
+        self.answers = Answers(config, clock, identity, lambda: load_embedder(config.embedding_model, 1))
+        self.metrics.registry.register(self.answers.collector())
         self.engine: AsyncEngine
         self.draining = False
         self.started_unix = int(clock.unix())
@@ -135,6 +139,7 @@ class Service:
         await self.engine.drain(drain_timeout_s)
         await self.engine.close()
         self._embedding.shutdown(cancel_futures=True)
+        await self.answers.stop()
         self.store.close()
 
     # Who asks, and for what
@@ -274,9 +279,35 @@ class Service:
 
     async def generate(
         self, request: EngineRequest, stops: Sequence[str], key: ApiKey, usage: Usage, fields: Fields, *,
-        keep_special: bool = False,
+        keep_special: bool = False, ask: Ask | None = None,
     ) -> AsyncGenerator[Piece]:  # fmt: skip
-        """The answer's pieces, all choices mixed; closing the generator cancels the request.
+        """The answer's pieces, all choices mixed, from the cache where ``ask`` allows it and it has them;
+        closing the generator cancels the request.
+
+        ``usage`` is kept current, and is in the ledger before the last piece. Raises as :meth:`_compute`.
+        """
+
+        def compute() -> AsyncGenerator[Piece]:
+            return self._compute(request, stops, key, usage, fields, keep_special=keep_special)
+
+        if ask is None or ask.mode == "off":
+            self.answers.bypassed += 1
+            pieces = compute()
+        else:
+            pieces = self.answers.through(request, stops, keep_special, key, ask, usage, compute)
+        told = False
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                if hit := not told and ask is not None and ask.note.status == "hit":
+                    self._record(request, key, usage)  # what the engine computes it records itself
+                told = told or hit
+                yield piece
+
+    async def _compute(
+        self, request: EngineRequest, stops: Sequence[str], key: ApiKey, usage: Usage, fields: Fields, *,
+        keep_special: bool,
+    ) -> AsyncGenerator[Piece]:  # fmt: skip
+        """The answer's pieces as the engine makes them.
 
         ``usage`` is kept current, and is in the ledger before the last piece. Raises ApiError: before the
         first piece when the engine refuses, later when it fails.
@@ -363,6 +394,7 @@ class Service:
                 "seconds": stats.cached_prompt_tokens * stats.prefill_s_per_token,
             },
             "uptime_s": now - self._started,
+            "cache": self.answers.stats(),
             "auth_required": self.key_required(),
             "version": __version__,
         }

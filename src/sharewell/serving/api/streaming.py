@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import orjson
@@ -31,14 +31,19 @@ def event(value: Any, name: str | None = None) -> bytes:
     return head + orjson.dumps(value) + b"\n\n"
 
 
-async def stream(request: Request, events: AsyncGenerator[bytes]) -> Response:
-    """Answer with events. The first is awaited before the status is sent: a refusal is a plain error."""
+async def stream(
+    request: Request, events: AsyncGenerator[bytes], headers: Callable[[], dict[str, str]] = dict
+) -> Response:
+    """Answer with events. The first is awaited before the status is sent: a refusal is a plain error, and
+    ``headers`` may tell what it found."""
     try:
         first = await unless_gone(request, anext(events, None))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(events, first)
+    answer = EventStream(events, first)
+    answer.raw_headers += [(name.encode(), value.encode()) for name, value in headers().items()]
+    return answer
 
 
 class EventStream(Response):

@@ -54,6 +54,7 @@ export class Panels {
 
     this.blocks(engine, info);
     this.sharing(now, engine, saved);
+    this.answers(stats.cache);
 
     put("uptime", duration(Math.floor(stats.uptime_s)));
     put("restarts", count(engine.restarts));
@@ -98,6 +99,18 @@ export class Panels {
     put("hit-recent", percent(hit(cached - cachedThen, computed - computedThen)));
     fill(at("hit-bar"), { shared: cached }, cached + computed);
     at("hit-bar").setAttribute("aria-label", `${count(cached)} of ${count(cached + computed)} prompt tokens were shared`);
+  }
+
+  answers(cache) {
+    at("answers").hidden = !cache || cache.mode === "off";
+    if (at("answers").hidden) return;
+    const hits = cache.exact_hits + cache.semantic_hits;
+    put("answers-mode", cache.mode === "semantic" ? "also in other words" : "equal requests");
+    put("answers-hits", count(hits));
+    put("answers-semantic", count(cache.semantic_hits));
+    put("answers-rate", percent(hits + cache.misses > 0 ? hits / (hits + cache.misses) : null));
+    put("answers-seconds", duration(cache.saved_s));
+    put("answers-entries", count(cache.entries));
   }
 
   compete(cores) {
