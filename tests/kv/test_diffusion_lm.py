@@ -360,7 +360,8 @@ def write_llada(model: LlamaForCausalLM, folder: Path, **changes: Any) -> None:
         tensors[f"model.transformer.{stem}.{kind}"] = tensor.float().contiguous()
     save_file(tensors, folder / "model-00001-of-00001.safetensors")
     config = {
-        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4, "n_kv_heads": 2,
+        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4,
+        "n_kv_heads": 2,
         "n_layers": LAYERS, "mlp_hidden_size": 48, "vocab_size": VOCAB, "embedding_size": VOCAB,
         "max_sequence_length": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "mask_token_id": MASK,
         "eos_token_id": 1, "block_type": "llama", "weight_tying": False, **changes,

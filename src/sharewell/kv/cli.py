@@ -45,6 +45,8 @@ def depth_report_command(
     if text is not None and not text.is_file():
         raise ValueError(f"--text must be a file that exists, got {text}")
 
+    from transformers.utils.logging import disable_progress_bar
+
     from ..models import Tokenizer, load_transformers, python_text, resolve_model
     from ..simulation import WallClock
     from .depth_measure import DepthReportConfig, depth_report
@@ -59,6 +61,7 @@ def depth_report_command(
         words = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text must be UTF-8: {text}: {error}") from None
+    disable_progress_bar()
     lm = load_transformers(folder)
     if budget_bytes is not None:
         fit = retained_count(lm, budget_bytes=budget_bytes, tokens=tokens)

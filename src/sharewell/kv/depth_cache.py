@@ -69,7 +69,7 @@ class DepthSharedCache(PlanCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         source = self.plan.source(layer_idx)
         if source != layer_idx:
-            kept = self.layers[source].keys
+            kept: Any = getattr(self.layers[source], "keys", None)
             assert kept is not None, "layers are updated in order"
             ours, theirs = (tuple(x.shape[i] for i in (0, 1, 3)) for x in (key_states, kept))
             if ours != theirs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .plans import KVPlan, PlanError, SourcePlan
@@ -189,19 +190,16 @@ def choose_layers(
     fixed = tuple(i for i, kind in enumerate(types) if kind == "none" or i in firsts)
     if len(fixed) > count:
         raise DepthShareError(f"layers {list(fixed)} must keep their own, and only {count} fit")
-    if calibration is None and loss is None:
+    if loss is not None:
+        measure = loss
+    elif calibration is not None:
+        measure = partial(depth_loss, model, calibration)
+    else:
         return _uniform(types, count)
-    if loss is None:
-        assert calibration is not None
-        rows = calibration
-
-        def loss(layers: tuple[int, ...]) -> float:
-            return depth_loss(model, rows, layers)
-
     kept = tuple(range(len(types)))
     while len(kept) > count:
         candidates = [tuple(i for i in kept if i != gone) for gone in kept if gone not in fixed]
-        kept = min(candidates, key=loss)
+        kept = min(candidates, key=measure)
     return kept
 
 

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     )
     from .fused import FusedDecoder, TiledPool, supports
     from .interface_decoder import InterfaceDecoder
+    from .library_text import python_text
     from .lora import AdapterError, LoraAdapter, load_peft_adapter
     from .registry import SOURCES, Source, cache_root, cached, resolve_model
-    from .stock import StockDecoder, load_stock_decoder
+    from .rope import inverse_frequencies
+    from .shipped import shipped_manifest, shipped_models
+    from .stock import TAKEN_APART, StockDecoder, load_stock_decoder
     from .tokenizer import IncrementalDetokenizer, Tokenizer
 
 # Public names and the file that has them: importing the room takes no torch until a name needs it.
@@ -48,12 +51,17 @@ _HOME = {
     "AdapterError": "lora",
     "LoraAdapter": "lora",
     "load_peft_adapter": "lora",
+    "python_text": "library_text",
     "SOURCES": "registry",
     "Source": "registry",
     "cache_root": "registry",
     "cached": "registry",
     "resolve_model": "registry",
+    "inverse_frequencies": "rope",
+    "shipped_manifest": "shipped",
+    "shipped_models": "shipped",
     "StockDecoder": "stock",
+    "TAKEN_APART": "stock",
     "load_stock_decoder": "stock",
     "IncrementalDetokenizer": "tokenizer",
     "Tokenizer": "tokenizer",
