@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 MODEL ?= smollm2
 WORKERS ?= 2
-SOURCES := src tests benchmarks examples
+SOURCES := src tests benchmarks tools examples
 
 # One thread a process, waiting passively: threads that fight for a core make everything many times slower.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -38,6 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 $(PULLED): $(INSTALLED) src/sharewell/models/registry.py
 	$(BIN)/sharewell models pull smollm2
 	$(BIN)/sharewell models pull minilm
+	$(BIN)/sharewell models pull minilm-torch
 	@touch $@
 
 serve: setup ## answer OpenAI clients on PORT (8000) with MODEL (smollm2)

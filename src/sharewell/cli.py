@@ -45,6 +45,14 @@ COMMANDS = (
     LazyCommand("serve", "sharewell.serving.cli", "serve", "Serve a model to OpenAI clients.", "serving"),
     LazyCommand("keys", "sharewell.serving.cli", "keys_app", "Add, list and revoke API keys.", "serving"),
     LazyCommand("models", "sharewell.models.cli", "app", "Pull, list and export models.", "models"),
+    LazyCommand("kv", "sharewell.kv.cli", "app", "Keys and values: what sharing saves and costs.", "kv"),
+    LazyCommand(
+        "cache",
+        "sharewell.semantic_cache.cli",
+        "app",
+        "Answers kept: report, audit, forget.",
+        "semantic_cache",
+    ),
     LazyCommand("ann", "sharewell.ann.cli", "app", "Nearest neighbours: build, query, bench.", "ann"),
     LazyCommand(
         "waterfill", "sharewell.allocation.cli", "waterfill", "Share a budget over channels.", "allocation"
@@ -58,6 +66,12 @@ COMMANDS = (
     LazyCommand("qtc", "sharewell.coding.cli", "qtc_app", "Compress text without loss.", "coding"),
     LazyCommand("mec", "sharewell.coding.cli", "mec_app", "Couple distributions, hide messages.", "coding"),
     LazyCommand("gemm", "sharewell.kernels.cli", "app", "Products on a fixed workspace.", "kernels"),
+    LazyCommand(
+        "tad", "sharewell.perception.cli", "app", "Actions in videos: extract, train, export.", "perception"
+    ),
+    LazyCommand(
+        "detect", "sharewell.perception.cli", "detect", "Find what happens when in a video.", "perception"
+    ),
     LazyCommand("bench", "sharewell.bench.cli", "bench", "Measure a system beside its baseline."),
     LazyCommand("systems", "sharewell.systems", "systems", "List the systems and the papers behind them."),
 )
