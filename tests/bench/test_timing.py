@@ -3,6 +3,7 @@ takes."""
 
 from __future__ import annotations
 
+import mmap
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def burn(cpu_s: float) -> None:
 
 
 def touch(size: int) -> np.ndarray:
-    block = np.empty(size, dtype=np.uint8)
+    # pages of its own: what malloc gives may have been touched, and freed, by another test before
+    block = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
     block[::4096] = 1
     return block
 

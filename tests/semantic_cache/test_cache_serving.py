@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 _API = str(Path(__file__).parents[1] / "serving" / "api")
 _ROOT = str(Path(__file__).parents[2])
@@ -18,6 +19,7 @@ from running_server import serving  # noqa: E402
 
 from benchmarks.semantic_cache.cache_serving import drive  # noqa: E402
 from benchmarks.semantic_cache.questions import Request  # noqa: E402
+from sharewell.semantic_cache import AUDIT_PATH, NONCE_HEADER, AuditRefused, loopback_cache_file  # noqa: E402
 
 MARK = "x-sharewell-cache"
 
@@ -54,6 +56,24 @@ def test_two_servers_share_one_file(tmp_path: Path, smollm2: Path):
             assert ask(second, "Name a sea.").headers[MARK] == "hit"
             assert content(other) == content(answer)
             assert ask(second, "Name a bay.").headers[MARK] == "miss"
+
+
+def test_an_auditor_with_the_owners_token_finds_the_file_of_a_server_on_this_machine(
+    tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file, token = tmp_path / "answers.sqlite3", "a token of the owner's"
+    monkeypatch.setenv("SHAREWELL_AUDIT_TOKEN", token)
+    with serving(tmp_path, "--cache", "exact", "--cache-file", str(file)) as server:
+        assert loopback_cache_file(server.url, token) == file.resolve()
+        with pytest.raises(AuditRefused, match="does not know this audit token"):
+            loopback_cache_file(server.url, "another token, as long")
+        with server.client() as client:
+            short = client.get(AUDIT_PATH, headers={NONCE_HEADER: "short"})
+            assert (short.status_code, short.json()["error"]["param"]) == (400, NONCE_HEADER)
+    monkeypatch.delenv("SHAREWELL_AUDIT_TOKEN")
+    with serving(tmp_path, "--cache", "exact") as server:
+        with pytest.raises(AuditRefused, match="does not allow an audit: HTTP Error 404"):
+            loopback_cache_file(server.url, token)
 
 
 def test_the_replay_counts_what_was_computed_and_which_answers_were_anothers(tmp_path: Path, smollm2: Path):

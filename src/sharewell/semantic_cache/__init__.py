@@ -6,7 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .audit import AuditConfig, AuditRefused, CollisionAudit, grant
+    from .audit import (
+        AUDIT_PATH,
+        NONCE_HEADER,
+        AuditConfig,
+        AuditRefused,
+        CollisionAudit,
+        grant,
+        loopback_cache_file,
+    )
     from .base import CacheVersionError, Context, Defence, Entry, Query, Verdict
     from .breakeven import BreakEvenSwitch, break_even_share
     from .cache import SemanticCache
@@ -67,10 +75,13 @@ _HOME = {
     "SlotVerifier": "slots",
     "DocumentStore": "store",
     "StoreError": "store",
+    "AUDIT_PATH": "audit",
     "AuditConfig": "audit",
     "AuditRefused": "audit",
     "CollisionAudit": "audit",
+    "NONCE_HEADER": "audit",
     "grant": "audit",
+    "loopback_cache_file": "audit",
     "AnswerCheck": "defences",
     "CropConsistency": "defences",
     "Provenance": "defences",

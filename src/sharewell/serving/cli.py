@@ -173,6 +173,7 @@ def serve(
         cache_path=None if cache == "off" else cache_file or state_path(state).with_name("answers.sqlite3"),
         cache_sampled=cache_sampled,
         cache_entries=cache_entries,
+        audit_token=os.environ.get("SHAREWELL_AUDIT_TOKEN") or None,
         max_body_bytes=_bytes(max_body, "--max-body"),
         max_connections=max_connections,
         body_timeout_s=body_timeout,

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from .log import AttackLog
     from .outcome import AuditReport, DefenceResult, PairResult, Rate
     from .penalties import PassDefences, Perplexity, victim_words
-    from .refusal import AuditRefused, copy_cache, grant, loopback_cache_file
+    from .refusal import (
+        AUDIT_PATH,
+        NONCE_HEADER,
+        AuditRefused,
+        copy_cache,
+        grant,
+        loopback_cache_file,
+    )
     from .runner import CollisionAudit
     from .sources import Canary, Question, canaries, load_questions, pair, shipped_questions
     from .timing import TimingLeak, learn_threshold, timing_leak
@@ -40,7 +47,9 @@ _HOME = {
     "PassDefences": "penalties",
     "Perplexity": "penalties",
     "victim_words": "penalties",
+    "AUDIT_PATH": "refusal",
     "AuditRefused": "refusal",
+    "NONCE_HEADER": "refusal",
     "copy_cache": "refusal",
     "grant": "refusal",
     "loopback_cache_file": "refusal",

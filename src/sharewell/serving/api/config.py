@@ -16,7 +16,8 @@ class ServerConfig:
     ``share_scope``: who shares computed prefixes and answers: "key" (requests of one API key; the default)
     or "all". ``cache``: "exact" (equal requests are answered once), "semantic" (questions in other words as
     well) or "off"; a request may choose for itself unless it is off. ``cache_path``: its file, None for
-    memory; ``cache_sampled``: also answer requests that ask for a fresh sample. ``state_path``: SQLite file
+    memory; ``cache_sampled``: also answer requests that ask for a fresh sample; ``audit_token``: lets
+    ``sharewell cache audit`` on this machine find that file. ``state_path``: SQLite file
     of API keys, usage and stored responses; None keeps them in memory. ``max_buffered_bytes`` bounds the
     bodies of all requests together, ``body_timeout_s`` the time that a request's head, and then its body, may
     take, ``write_timeout_s`` the time that a client may leave its answer unread.
@@ -33,6 +34,7 @@ class ServerConfig:
     cache_path: Path | None = None
     cache_sampled: bool = False
     cache_entries: int = 100_000
+    audit_token: str | None = None
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
     max_buffered_bytes: int = 256 << 20
@@ -50,6 +52,8 @@ class ServerConfig:
             raise ValueError(f"share_scope must be 'key' or 'all', got {self.share_scope!r}")
         if self.cache not in ("off", "exact", "semantic"):
             raise ValueError(f"cache must be 'off', 'exact' or 'semantic', got {self.cache!r}")
+        if self.audit_token is not None and len(self.audit_token) < 16:
+            raise ValueError(f"audit_token must have at least 16 characters, got {len(self.audit_token)}")
         for name in (
             "cache_entries",
             "max_body_bytes",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
+from ...semantic_cache import AUDIT_PATH, NONCE_HEADER, AuditRefused, grant
 from .embeddings import embedding_names
 from .errors import ApiError
 from .prompts import chat_prompt
@@ -116,6 +118,21 @@ async def metrics(request: Request) -> Response:
 async def stats(request: Request) -> Response:
     """What the page shows."""
     return JsonResponse(await _service(request).stats())
+
+
+@router.get(AUDIT_PATH, include_in_schema=False)
+async def cache_audit(request: Request) -> Response:
+    """Where the cache's file lies, for an auditor on this machine who gave the owner's token to both sides.
+    404 for anyone else, and where no token is set."""
+    config = _service(request).config
+    peer = request.client.host if request.client else ""
+    nonce = request.headers.get(NONCE_HEADER, "")
+    if config.audit_token is None or not ip_address(peer.partition("%")[0] or "::").is_loopback:
+        raise ApiError(404, "there is no audit here", code="not_found")
+    try:
+        return JsonResponse(grant(config.audit_token, nonce, config.cache_path))
+    except AuditRefused as error:
+        raise ApiError(400, str(error), param=NONCE_HEADER, code="invalid_value") from None
 
 
 @router.get("/", include_in_schema=False)
