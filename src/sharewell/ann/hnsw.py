@@ -34,7 +34,9 @@ from .graph import ENTRY, TOP, UNUSED, Graph
 from .rows import LAYERS, Rows
 
 SCAN_BELOW = 2000  # vectors; there an exact scan is as fast as the graph
-GRAPH_STEP = 4.0  # cost of one distance on a walk (a cache miss) over one in a scan
+GRAPH_STEP = (
+    1.0  # cost of one distance on a walk over one in a scan: sketches save as much as cache misses cost
+)
 COMPACT_ABOVE = 0.3  # share of tombstones
 
 
