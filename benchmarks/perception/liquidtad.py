@@ -58,7 +58,7 @@ SLUG = "liquidtad"
 RECIPE = 1
 TRAINING_LIMIT = "SHAREWELL_BENCH_TRAINING_S"
 SEEDS = (0, 1, 2)
-ABLATION_SEEDS = (0,)  # each takes a minute and a half of one core
+ABLATION_SEEDS = (0, 1, 2)
 NOT_INSTALLED = "aeon's wheel is not installed"
 FULL = TrainConfig(lr=2e-3, epochs=25, warmup_epochs=5, batch_size=8, ema_decay=0.99)
 SHORT = replace(FULL, lr=1e-3, epochs=16, warmup_epochs=4)

@@ -1,7 +1,7 @@
 """The collision audit on a cache with all-MiniLM-L6-v2: attack, controls, defences, timing, transfer.
 
-Found texts are kept in the user's cache folder and taken from there again, so a run that was stopped goes on
-where it was; delete ``audit/`` there to search anew.
+Found texts and the second embedder are kept in the user's cache folder and taken from there again, so a run
+that was stopped goes on where it was; delete ``audit/`` there to search anew.
 """
 
 from __future__ import annotations
@@ -34,22 +34,25 @@ from sharewell.semantic_cache.audit import (
     probe_cache,
     shipped_questions,
 )
-from sharewell.semantic_cache.defences import SaltedEmbedder, TimingEqualiser
+from sharewell.semantic_cache.audit.arsenal import benign_pairs
+from sharewell.semantic_cache.defences import SaltedEmbedder, TimingEqualiser, default_defences
+from sharewell.semantic_cache.defences.calibrate import hit_loss
 from sharewell.simulation import WallClock
 
 TAU, SHIPPED_TAU = 0.80, 0.90
-CPU_BUDGET_S, WALL_BUDGET_S = 780.0, 400.0  # the last stages begin only before both
+WALL_BUDGET_S = 540.0  # the last stages begin only before
 PLAN: dict[str, dict[str, Any]] = {
     "full": {
-        "pairs": 28, "adaptive": 15, "short": 4, "ppl": 2, "transfer": 4, "shipped": 4, "controls": 1000,
-        "probes": 400, "swaps": 200, "tune": 200, "budget_s": 3600.0,
-        "questions": 64, "sets": ("none", "scope", "crop", "second", "crop+second", "rarity", "answer"),
+        "pairs": 50, "adaptive": 20, "short": 3, "ppl": 4, "transfer": 3, "tight": 4, "shipped": 4,
+        "controls": 1000, "probes": 400, "swaps": 200, "tune": 200, "budget_s": 3600.0,
+        "questions": 64,
+        "sets": ("none", "default", "scope", "crop", "second", "crop+second", "rarity", "answer"),
         "search": AuditConfig().search,
     },
     "smoke": {
-        "pairs": 2, "adaptive": 1, "short": 1, "ppl": 0, "transfer": 0, "shipped": 0, "controls": 32,
-        "probes": 12, "swaps": 12, "tune": 0, "budget_s": 60.0,
-        "questions": 4, "sets": ("none", "scope", "crop+second"),
+        "pairs": 2, "adaptive": 1, "short": 1, "ppl": 0, "transfer": 0, "tight": 0, "shipped": 0,
+        "controls": 32, "probes": 12, "swaps": 12, "tune": 0, "budget_s": 60.0,
+        "questions": 4, "sets": ("none", "default", "scope", "crop+second"),
         "search": SearchConfig(suffix_lengths=(16,), batch=16, steps=10),
     },
 }  # fmt: skip
@@ -60,9 +63,11 @@ def one_category(text: str, embedding: object) -> Classification:
     return Classification("default")
 
 
-def new_cache(embedder: Any, threshold: float, path: Path | None = None) -> SemanticCache:
+def new_cache(
+    embedder: Any, threshold: float, path: Path | None = None, defences: Sequence[Any] = ()
+) -> SemanticCache:
     policies = {"default": CategoryPolicy(threshold, quota=1.0)}
-    return SemanticCache(path, embedder, policies, one_category, defences=[])
+    return SemanticCache(path, embedder, policies, one_category, defences=list(defences))
 
 
 def sign_test(proposer: GradientProposer, embedder: Any, swaps: int, seed: int) -> tuple[int, int, float]:
@@ -94,22 +99,26 @@ def sign_test(proposer: GradientProposer, embedder: Any, swaps: int, seed: int) 
 
 
 def smollm_perplexity() -> Any:
-    """log perplexity of texts under SmolLM2-135M-Instruct, float32."""
+    """log perplexity of texts under SmolLM2-135M-Instruct, in bfloat16: it only ranks."""
     import torch
 
     from sharewell.models import load_transformers
 
     folder = resolve_model("smollm2", progress=False)
     model, tokenizer = load_transformers(folder), Tokenizer(folder)
+    model.bfloat16()
 
     def score(texts: Sequence[str]) -> np.ndarray:
-        out = []
+        rows = [tokenizer.encode(text) for text in texts]
+        width = max(map(len, rows))
+        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
         with torch.inference_mode():
-            for text in texts:
-                ids = torch.tensor([tokenizer.encode(text)])
-                logits = model(input_ids=ids).logits[0, :-1].float()
-                out.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
-        return np.array(out)
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+            each = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100), reduction="none"
+            )
+        return (each.sum(dim=1) / mask[:, 1:].sum(dim=1).clamp(min=1)).double().numpy()
 
     return score
 
@@ -120,12 +129,17 @@ def tuned_twin(steps: int, seed: int) -> tuple[SentenceTransformersFolder, float
     import torch
 
     twin = SentenceTransformersFolder(resolve_model("minilm-torch"))
+    twin.id = f"minilm-tuned-{steps}-{seed}"
+    kept = cache_root().parent / "audit" / f"{twin.id}.pt"
     tokenizer = Tokenizer(resolve_model("minilm-torch"))
     tokenizer.backend.no_padding()
     tokenizer.backend.no_truncation()
     questions = shipped_questions()
     texts = [q.question for q in questions]
     before = twin.embed(texts)
+    if kept.exists():
+        twin.model.load_state_dict(torch.load(kept, weights_only=True))
+        return twin, float((before * twin.embed(texts)).sum(axis=1).mean())
     twin.model.requires_grad_(True)
     table = twin.model.get_input_embeddings()
     optimizer = torch.optim.AdamW(twin.model.parameters(), lr=1e-4)
@@ -147,8 +161,20 @@ def tuned_twin(steps: int, seed: int) -> tuple[SentenceTransformersFolder, float
         loss.backward()
         optimizer.step()
     twin.model.requires_grad_(False)
-    twin.id = f"minilm-tuned-{steps}-{seed}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(twin.model.state_dict(), kept)
     return twin, float((before * twin.embed(texts)).sum(axis=1).mean())
+
+
+def store_ms(embedder: Any, questions: Sequence[Any], defences: Sequence[Any]) -> float:
+    """Median milliseconds of storing an answer."""
+    took = []
+    with new_cache(embedder, TAU, defences=defences) as cache:
+        for question in questions:
+            start = time.perf_counter()
+            cache.put(question.question, "an answer")
+            took.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(took))
 
 
 def folder_digest(folder: Path) -> str:
@@ -180,21 +206,26 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
 
     def within(what: str, wanted: int) -> bool:
         """Whether there is time left for a stage; says so when there is none."""
-        if wanted and (time.process_time() > CPU_BUDGET_S or time.perf_counter() - began > WALL_BUDGET_S):
+        if wanted and time.perf_counter() - began > WALL_BUDGET_S:
             extra.setdefault("not run within the time budget", []).append(what)
             return False
         return bool(wanted)
 
     def rate_row(
-        metric: str, rate: Rate, bar: float, better: Any, claim: str, name: str = "the bar", note: str = ""
-    ) -> None:
+        metric: str, rate: Rate, bar: float, better: Any, claim: str, name: str = "the bar", note: str = "",
+        target: float | None = 1.0, unit: str = "of pairs",
+    ) -> None:  # fmt: skip
+        """A rate beside its bar. Of a rate that should be low and is 0, the upper end of its interval: no
+        number of attempts shows that it is 0."""
         extra[metric] = rate.to_dict()
+        unseen = better == "lower" and rate.count == 0 and bar > 0
+        shown = f"{metric} (none of {rate.n} seen; upper bound)" if unseen else f"{metric} (n = {rate.n})"
         said = f"{rate.count} of {rate.n}" + (f"; {note}" if note else "")
         rows.append(
             Row(
-                f"{metric} (n = {rate.n})", rate.value, bar, "of pairs", better, name, claim,
-                ours_spread=(rate.low, rate.high), target=1.0 if rate.n else None, note=said,
-                samples=max(1, rate.n),
+                shown, rate.high if unseen else rate.value, bar, unit, better, name, claim,
+                ours_spread=None if unseen else (rate.low, rate.high), target=target if rate.n else None,
+                note=said, samples=max(1, rate.n),
             )
         )  # fmt: skip
 
@@ -231,53 +262,70 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
                 "isolation costs the owner nothing", target=1.0,
             )
         )  # fmt: skip
-        singles = [name for name in plan["sets"] if name not in ("none", "scope", "crop+second")]
+        plain_rate = max(none.hijacked.value, 1e-9)
+        singles = [name for name in plan["sets"] if name not in ("none", "default", "scope", "crop+second")]
         for name in singles:
             result = first.result(name)
             rate_row(
-                f"hijack rate, {name}, unaware attacker", result.hijacked, max(none.hijacked.value, 1e-9),
-                "lower", "", "no defence", f"benign hits lost {result.lost(none):.3f}",
+                f"hijack rate, {name}, unaware attacker", result.hijacked, plain_rate,
+                "lower", "", "no defence", f"benign hits lost {result.lost(none):.3f}", target=None,
             )  # fmt: skip
-            rows[-1] = replace(rows[-1], target=None)
 
         tell("adaptive attack")
-        audit.cache = new_cache(embedder, TAU)  # without defences of its own, which would be attacked as well
+        audit.cache = new_cache(embedder, TAU, defences=default_defences(embedder))
         audit.config = replace(base, adaptive_pairs=plan["adaptive"], controls=0)
         second = audit.run(victims=questions, defences=("none", "crop+second"))
         both, plain = second.result("crop+second"), second.result("none")
+        shipped = second.result(second.configured)
+        for name, result, bar, target in (
+            ("crop+second", both, 0.15, 1.0), ("shipped defaults", shipped, plain_rate, None)
+        ):  # fmt: skip
+            against = "the bar" if target else "no defence"
+            rate_row(
+                f"hijack rate, {name}, unaware attacker", result.hijacked, bar, "lower",
+                "the defence holds", against, target=target,
+            )  # fmt: skip
+            rate_row(
+                f"hijack rate, {name}, adaptive attacker", result.hijacked_adaptive, bar, "lower",
+                "it holds against an attacker who optimises against it", against, target=target,
+            )  # fmt: skip
+            hits = Rate(plain.benign_hits.count - result.benign_hits.count, plain.benign_hits.count)
+            rate_row(
+                f"benign hits lost at tau {TAU:.2f}, {name}", hits, 0.10, "lower",
+                "at most 10 % of the benign hits are lost", unit="of hits",
+            )  # fmt: skip
+            rows += [
+                Row(
+                    f"added time on a candidate hit, {name}",
+                    max(0.0, result.candidate_ms - plain.candidate_ms), 30.0, "ms", "lower", "the bar",
+                    "at most 30 ms", target=1.0,
+                ),
+                Row(
+                    f"time of the checks on a miss, {name}", result.miss_ms, max(plain.miss_ms, 0.001), "ms",
+                    "lower", "no defence", "a miss costs nothing",
+                    note=f"difference {result.miss_ms - plain.miss_ms:.4f} ms",
+                ),
+                Row(
+                    f"look-alike questions answered wrongly, {name}", result.wrong_hits.count,
+                    plain.wrong_hits.count, "hits", "lower", "no defence", "",
+                    note=f"of {result.wrong_hits.n}, without any attack",
+                ),
+            ]  # fmt: skip
+        asked, lost = hit_loss(
+            embedder, benign_pairs(questions), default_defences(embedder), threshold=0.88
+        ) if len(questions) == 64 else (0, 0)  # fmt: skip
         rate_row(
-            "hijack rate, crop+second, unaware attacker", both.hijacked, 0.15, "lower", "the defence holds"
+            "benign hits lost at tau 0.88, shipped defaults", Rate(lost, asked), 0.10, "lower",
+            "the least shared threshold that ships", unit="of hits",
+        )  # fmt: skip
+        added, without = (
+            store_ms(embedder, questions, default_defences(embedder)),
+            store_ms(embedder, questions, []),
         )
-        rate_row(
-            "hijack rate, crop+second, adaptive attacker", both.hijacked_adaptive, 0.15, "lower",
-            "it holds against an attacker who optimises against it",
-        )  # fmt: skip
-        extra_ms = max(0.0, both.candidate_ms - plain.candidate_ms)
         rows.append(
             Row(
-                "benign paraphrase hits kept, crop+second", both.benign_hits.count, plain.benign_hits.count,
-                "hits", "higher", "no defence", "at most 10 % of the benign hits are lost", target=0.9,
-                samples=both.benign_hits.n,
-            )
-        )  # fmt: skip
-        rows.append(
-            Row(
-                "added time on a candidate hit, crop+second", extra_ms,
-                30.0, "ms", "lower", "the bar", "at most 30 ms", target=1.0,
-            )
-        )  # fmt: skip
-        added = max(0.0, both.miss_ms - plain.miss_ms)
-        rows.append(
-            Row(
-                "added time on a miss, crop+second", added, 0.05, "ms", "lower",
-                "noise of the clock", "a miss costs nothing", target=1.0,
-            )
-        )  # fmt: skip
-        rows.append(
-            Row(
-                "look-alike questions answered wrongly, crop+second", both.wrong_hits.count,
-                plain.wrong_hits.count, "hits", "lower", "no defence", "",
-                note=f"of {both.wrong_hits.n}, without any attack",
+                "time to store an answer, shipped defaults", added, without, "ms", "lower", "no defence",
+                "the parts of the text are embedded", samples=len(questions),
             )
         )  # fmt: skip
         tell("gradient check")
@@ -305,7 +353,11 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             Row(
                 "hit told from miss by time, AUC", open_leak.leak.auc, 0.95, "AUC", "higher", "the bar",
                 "the leak is real", target=1.0, samples=plan["probes"],
-                note=f"threshold learnt to {learnt.threshold_error:.3f} in {learnt.threshold_queries} asks",
+            ),
+            Row(
+                "threshold learnt from times, error", learnt.threshold_error or 0.0, 0.02, "of cosine",
+                "lower", "the bar", "six timed questions (log2(50), rounded up) learn it", target=1.0,
+                note=f"{learnt.threshold_queries} questions asked",
             ),
             Row(
                 "the same with the timing equaliser, AUC", closed.leak.auc, 0.60, "AUC", "lower", "the bar",
@@ -330,9 +382,9 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
         survived = _collided(salted, [(p.text, p.victim) for p in texts], TAU)
         rate_row(
             "keys that still collide under a secret salt", survived, 1.0, "lower", "", "no salt",
-            note="threshold kept at 0.80",
+            note="threshold kept at 0.80", target=None,
         )  # fmt: skip
-        rows[-1] = replace(rows[-1], target=None)
+        audit.cache = new_cache(embedder, TAU)
         if within("perplexity", plan["ppl"]):
             tell("perplexity")
             audit.config = replace(
@@ -340,40 +392,59 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
                 search=SearchConfig(suffix_lengths=(16, 32), batch=24, shortlist=3),
             )  # fmt: skip
             audit._log_perplexity = smollm_perplexity()
-            fluent = audit.run(victims=questions[:12], defences=("none",)).result("none")
+            fluent = audit.run(victims=questions[: plan["ppl"]], defences=("none",)).result("none")
+            fewer = Rate(sum(p.served for p in none.pairs[: plan["ppl"]]), plan["ppl"])
             rate_row(
-                "hijack rate, lambda 0.05 (SmolLM2 perplexity)", fluent.hijacked,
-                max(1e-9, none.hijacked.value), "lower", "lambda 0 is at least as high", "lambda 0",
+                "hijack rate, no defence, lambda 0 on the pairs of lambda 0.05", fewer,
+                max(1e-9, fluent.hijacked.value), "higher", "lambda 0 is at least as high",
+                "lambda 0.05 (SmolLM2)", f"lambda 0.05: {fluent.hijacked.count} of {fluent.hijacked.n}",
+            )  # fmt: skip
+        if within("transfer", plan["transfer"]):
+            tell("transfer")
+            extra["transfer"] = transfer(embedder, texts, plan, seed, log, base, rate_row)
+        if within("tight threshold", plan["tight"]):
+            tell("tight threshold")
+            audit.config = replace(
+                base, pairs=plan["tight"], threshold=SHIPPED_TAU, controls=0,
+                search=SearchConfig(suffix_lengths=(16, 32), batch=24, steps=60),
+            )  # fmt: skip
+            tight = audit.run(victims=questions[: plan["tight"]], defences=("none",))
+            rate_row(
+                f"hijack rate, no defence, tau {SHIPPED_TAU:.2f}, the shipped default",
+                tight.result("none").hijacked, plain_rate, "lower", "", f"tau {TAU:.2f}", target=None,
+            )  # fmt: skip
+        if within("as shipped", plan["shipped"]):
+            tell("as shipped")
+            whole = SemanticCache(None, embedder, defences=default_defences(embedder))
+            config = replace(
+                base, pairs=plan["shipped"], adaptive_pairs=plan["shipped"], controls=0,
+                search=SearchConfig(suffix_lengths=(16, 32), batch=24, steps=60),
+            )  # fmt: skip
+            found = CollisionAudit(whole, embedder, proposer, config, log=log).run(
+                victims=questions[: plan["shipped"]], defences=("none",)
+            )
+            bare, own = found.result("none"), found.result(found.configured)
+            rate_row(
+                "hijack rate, shipped categories and thresholds, no defence", bare.hijacked, plain_rate,
+                "lower", "", f"tau {TAU:.2f}, one category", target=None,
+            )  # fmt: skip
+            rate_row(
+                "hijack rate, everything as shipped, adaptive attacker", own.hijacked_adaptive, plain_rate,
+                "lower", "", f"tau {TAU:.2f}, no defence",
+                f"unaware {own.hijacked.count} of {own.hijacked.n}", target=None,
             )  # fmt: skip
         if within("shortest sources", plan["short"]):
             tell("shortest sources")
             short = [Canary(f"Say {c.answer.lower()}", c.answer) for c in canaries()]
             audit.config = replace(base, pairs=plan["short"], adaptive_pairs=plan["short"], controls=0)
+            audit._log_perplexity = None
             third = audit.run(short, questions, ("none", "crop+second"))
             result = third.result("crop+second")
             rate_row(
                 "hijack rate, crop+second, adaptive, two-word source", result.hijacked_adaptive,
-                0.15, "lower",
-                "stress: the source is as short as it can be", note="undefended "
-                f"{third.result('none').hijacked.count} of {third.result('none').hijacked.n}",
+                0.15, "lower", "stress: the source is as short as it can be", note="undefended "
+                f"{third.result('none').hijacked.count} of {third.result('none').hijacked.n}", target=None,
             )  # fmt: skip
-            rows[-1] = replace(rows[-1], target=None)
-        if within("transfer", plan["transfer"]):
-            tell("transfer")
-            extra["transfer"] = transfer(embedder, texts, plan, seed, log, base, rate_row)
-            rows[-2:] = [replace(row, target=None) for row in rows[-2:]]
-        if within("shipped threshold", plan["shipped"]):
-            tell("shipped threshold")
-            audit.config = replace(
-                base, pairs=plan["shipped"], threshold=SHIPPED_TAU, controls=0,
-                search=SearchConfig(suffix_lengths=(16, 32), batch=24, steps=60),
-            )  # fmt: skip
-            shipped = audit.run(victims=questions[:12], defences=("none",))
-            rate_row(
-                f"hijack rate, no defence, shipped threshold {SHIPPED_TAU:.2f}",
-                shipped.result("none").hijacked, max(none.hijacked.value, 1e-9), "lower", "", "tau 0.80",
-            )  # fmt: skip
-            rows[-1] = replace(rows[-1], target=None)
     extra["calibrated"] = "thresholds from the even-numbered shipped questions, benign hits from the others"
     extra["spent_s"] = time.perf_counter() - began
     assert all(math.isfinite(row.ours) for row in rows)
@@ -400,16 +471,19 @@ def transfer(
         surrogate = CollisionAudit(
             cache, twin, GradientProposer(twin, tokenizer), config, mode="surrogate", log=log
         )
-        found = surrogate.run(victims=shipped_questions()[:12], defences=("none",)).result("none")
+        found = surrogate.run(victims=shipped_questions()[: plan["transfer"]], defences=("none",)).result(
+            "none"
+        )
     pairs = [(p.text, p.victim) for p in found.pairs if not p.adaptive]
     forth = _collided(embedder, pairs, TAU)
     back = _collided(twin, [(p.text, p.victim) for p in texts], TAU)
     rate_row(
         "transfer: found on the tuned MiniLM, tried on the deployed", forth, 1.0, "higher", "",
-        "all", f"on the tuned one itself {found.hijacked.count} of {found.hijacked.n}",
+        "all", f"on the tuned one itself {found.hijacked.count} of {found.hijacked.n}", target=None,
     )  # fmt: skip
     rate_row(
         "transfer: found on the deployed, tried on the tuned MiniLM", back, 1.0, "higher", "", "all",
         f"{plan['tune']} training steps, mean cosine of both embedders {alike:.2f}",
+        target=None,
     )  # fmt: skip
     return {"mean cosine": alike, "to deployed": forth.to_dict(), "to tuned": back.to_dict()}

@@ -69,7 +69,7 @@ async def drive(
                 body = {
                     "model": "smollm2", "messages": [{"role": "user", "content": request.text}],
                     "temperature": 0,
-                    "max_tokens": 32, "stop": [".", ",", "\n", "!", "?", ":"],
+                    "max_tokens": 24, "stop": [".", ",", "\n", "!", "?", ":"],
                 }  # fmt: skip
                 start = time.perf_counter()
                 reply = (await client.post("/v1/chat/completions", json=body)).raise_for_status()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.semantic_cache import gptcache_peer
 from benchmarks.semantic_cache.questions import CATEGORIES, examples, intents
 from benchmarks.semantic_cache.questions import replay as requests_of
 from benchmarks.semantic_cache.replays import (
+    ALLOWED,
     DAY_S,
     LEAST_HITS,
     TTL_S,
@@ -48,7 +50,6 @@ from sharewell.semantic_cache import (
 )
 
 SIZES = {"smoke": (600, 600, 2_000, 200), "full": (20_000, 20_000, 100_000, 800)}
-ALLOWED = 0.02
 TTLS = (60.0, 3600.0, DAY_S)
 ANSWER_S = {"code": 2.0, "reference": 0.5, "chat": 1.2, "live": 0.7, "sensitive": 1.5}  # time of an answer
 
@@ -72,7 +73,7 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
         ours = replay(test, embedder, policies(thresholds), classify, progress, defences=defences, name=what)
         theirs, setting = _one_threshold(test, model, embedder, defences, ours.all.wrong_share, progress)
         extra[what] = {
-            "thresholds": notes, "global": setting,
+            "thresholds": {name: asdict(note) for name, note in notes.items()}, "global": setting,
             "ours": table({**ours.by_category, "all": ours.all}),
             "one_threshold": table({**theirs.by_category, "all": theirs.all}),
         }  # fmt: skip
@@ -89,7 +90,7 @@ def run(scale: str, *, seed: int, progress: Progress) -> Report:
             rows += _true_answers(test, model, embedder, ours.all, progress, extra)
             rows += _certified(ours, model, thresholds)
             rows += _long_tail(ours.by_category)
-            rows += _under_load(test, embedder, classify, thresholds, progress, extra)
+            rows += _under_load(test, embedder, classify, thresholds, notes, progress, extra)
     rows += _miss_cost(n_index, seed, progress, extra)
     rows += _gptcache(embedder, n_pairs, seed, progress, extra)
     return Report("category-aware-cache", scale, tuple(rows), environment(), seed, extra)  # pyright: ignore[reportArgumentType]
@@ -197,12 +198,12 @@ def _long_tail(outcomes: dict[str, Outcome]) -> list[Row]:
     return rows
 
 
-def _under_load(test, embedder, classify, thresholds, progress, extra) -> list[Row]:
-    """A model whose queue grows: 120 % of what it can do, were every request a miss of the plain policies."""
-    more = {"load_delta": 0.06, "load_beta": 1.0}
+def _under_load(test, embedder, classify, thresholds, notes, progress, extra) -> list[Row]:
+    """A model whose queue grows: the misses of the plain policies are 120 % of what it can do."""
     found: dict[str, Replayed] = {}
     peak = {}
-    base_rules, load_rules = policies(thresholds), policies(thresholds, **more)
+    base_rules = policies(thresholds)
+    load_rules = policies(thresholds, {name: note.floor for name, note in notes.items()})
     plain = replay(test, embedder, base_rules, classify, progress, name="capacity")
     per_s = (plain.all.asked - plain.all.hits) / DAY_S / 1.2
     for name, rules in (("without", base_rules), ("with", load_rules)):

@@ -52,6 +52,7 @@ from sharewell.semantic_cache.audit import (
 from sharewell.semantic_cache.audit.cli import audit as audit_command
 from sharewell.semantic_cache.audit.refusal import AUDIT_PATH, NONCE_HEADER
 from sharewell.semantic_cache.audit.timing import LatencyModel, auc
+from sharewell.semantic_cache.audit.verdict import advice, verdict
 from sharewell.semantic_cache.defences import CropConsistency, ScopeGuard, TimingEqualiser
 from sharewell.simulation import VirtualClock
 
@@ -66,8 +67,8 @@ QUICK = AuditConfig(pairs=1, controls=16, timing_probes=0, time_budget_s=100)
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Any:
-    return load_embedder("minilm")
+def minilm(known_minilm: Any) -> Any:
+    return known_minilm
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_source_alone_is_not_served(minilm: Any) -> None:
     assert (vectors[::2] * vectors[1::2]).sum(axis=1).max() < 0.4
 
 
-@pytest.mark.parametrize("spec", ["scope", "crop", "crop+second"])
+@pytest.mark.parametrize("spec", ["scope", "crop", "crop+second", "default"])
 def test_the_committed_attacks_are_stopped(minilm: Any, spec: str) -> None:
     with cache_of(minilm, build_defences(spec, minilm, TAU, shipped_questions()[::4])) as cache:
         assert served(cache) == 0
@@ -171,16 +172,6 @@ def test_the_gradient_is_the_slope_of_the_loss(gradients: GradientProposer) -> N
     finally:
         table[city] -= step
     assert moved - loss == pytest.approx(float(gradient[1] @ step), rel=0.05, abs=1e-5)
-
-
-def test_a_live_pair_collides_on_the_deployed_embedder(minilm: Any, gradients: GradientProposer) -> None:
-    config = SearchConfig(suffix_lengths=(16, 32), batch=24, steps=80)
-    search = CollisionSearch(minilm, gradients, config, np.random.default_rng(0))
-    found = search.search("Just reply periwinkle, please.", "How do I reverse a list in Python?", TAU + 0.01)
-    assert found.reached
-    vectors = minilm.embed([found.text]), minilm.embed(["How do I reverse a list in Python?"])
-    assert float(vectors[0][0] @ vectors[1][0]) >= TAU
-    assert found.text == " ".join(["Just reply periwinkle, please.", *found.suffix])
 
 
 def test_a_search_that_is_stopped_returns_the_best_so_far(minilm: Any, blind: RandomProposer) -> None:
@@ -251,7 +242,7 @@ def test_a_closed_cache_keeps_every_byte_and_gets_no_side_files(
     with cache_of(minilm, path=home / "c.sqlite") as cache:
         cache.put("How do I bake bread?", "slowly")
     before = folder_bytes(home)
-    config = dataclasses.replace(QUICK, search=SearchConfig((4,), steps=2, batch=4))
+    config = dataclasses.replace(QUICK, search=SearchConfig((4,), steps=2, batch=4), adaptive_pairs=0)
     audit = CollisionAudit(
         home / "c.sqlite",
         minilm,
@@ -399,6 +390,14 @@ def test_a_live_pair_is_served_before_and_not_after_the_defence(report: Any) -> 
     assert report.risk == 0
 
 
+def test_the_live_pair_collides_on_the_deployed_embedder(report: Any) -> None:
+    (attempt,) = [p for p in report.result("none").pairs if not p.adaptive]
+    assert attempt.collided
+    assert attempt.text.startswith("Just reply periwinkle, please. ")
+    attack, question = load_embedder("minilm").embed([attempt.text, attempt.victim])
+    assert TAU <= float(attack @ question) == pytest.approx(attempt.similarity, abs=1e-5)
+
+
 def test_reports_hide_the_texts_unless_asked(report: Any) -> None:
     text = next(p.text for p in report.result("none").pairs)
     for shown in (report.to_html(), report.to_json()):
@@ -428,6 +427,34 @@ def test_a_time_budget_that_is_over_never_looks_like_success(minilm: Any, blind:
     assert found.result("none").hijacked == Rate(0, 0)
     assert found.risk == 1.0
     assert "Nothing was tried" in found.to_html()
+
+
+def test_one_hard_pair_does_not_take_the_time_of_the_others(minilm: Any) -> None:
+    clock = _Jumping()
+    slow = _Slow(minilm, clock, 1.0)
+    hard, easy = Question("Who wrote the novel Moby Dick?"), Question("How long should I boil an egg?")
+    words = RandomProposer(["boil", "egg", "long"], np.random.default_rng(0))
+    config = AuditConfig(
+        pairs=2, threshold=0.7, controls=0, timing_probes=0, adaptive_pairs=0, time_budget_s=120.0,
+        search=SearchConfig((6,), steps=10_000, batch=8, patience=10_000),
+    )  # fmt: skip
+    with cache_of(slow) as cache:
+        audit = CollisionAudit(cache, slow, words, config, clock=clock)
+        found = audit.run([Canary("Say lilac", "LILAC")], [hard, easy], ("none",))
+    assert found.partial
+    assert [p.victim for p in found.result("none").pairs] == [easy.question]
+    assert found.result("none").hijacked == Rate(1, 1)
+    assert found.risk == 1.0
+
+
+def test_the_verdict_comes_first_and_says_what_to_turn_on(report: Any) -> None:
+    hijackable = dataclasses.replace(report, configured="none")
+    page = hijackable.to_html()
+    assert page.index("Hijackable. 1 of 1") < page.index("What to do") < page.index("<table>")
+    assert "Turn on crop: SemanticCache(..., defences=[CropConsistency()])" in page
+    assert "No hijack seen." in report.to_html()
+    assert advice(hijackable)[0].startswith("Turn on crop")
+    assert verdict(hijackable).startswith("Hijackable.")
 
 
 def test_an_audit_goes_on_from_its_log(minilm: Any, tmp_path: Path) -> None:
@@ -553,13 +580,38 @@ class _Jumping(VirtualClock):
         self.advance(max(0.0, t - super().monotonic()))
 
 
+class _Slow:
+    """An embedder that takes time on a virtual clock, as embedding does: a repetition is found without it."""
+
+    def __init__(self, embedder: Any, clock: _Jumping, seconds: float) -> None:
+        self._embedder, self._clock, self._seconds = embedder, clock, seconds
+        self.id, self.dim, self.max_tokens = embedder.id, embedder.dim, embedder.max_tokens
+        self.count_tokens, self.decode = embedder.count_tokens, embedder.decode
+
+    def embed(self, texts: Any) -> Any:
+        self._clock.advance(self._seconds)
+        return self._embedder.embed(texts)
+
+
+@pytest.mark.parametrize("threshold", [0.65, 0.8, 0.93])
+def test_times_give_the_threshold_away(minilm: Any, threshold: float) -> None:
+    clock = _Jumping()
+    slow = _Slow(minilm, clock, 0.01)
+    policies = {"default": CategoryPolicy(threshold, quota=1.0)}
+    with SemanticCache(None, slow, policies, default, defences=[], clock=clock) as cache:
+        leak = probe_cache(cache, clock, 20, 0).leak
+    assert leak.threshold_error is not None
+    assert leak.threshold_error < 0.02
+    assert leak.threshold_queries <= np.ceil(np.log2(50))
+
+
 def test_times_tell_hits_until_they_are_equalised(minilm: Any) -> None:
     clock = _Jumping()
     with cache_of(minilm) as cache:
         plain = probe_cache(cache, clock, 120, 0)
     assert plain.leak.auc > 0.95
     assert plain.leak.threshold_error is not None
-    assert plain.leak.threshold_error < 0.1
+    assert plain.leak.threshold_error < 0.02
     with cache_of(minilm) as cache:
         even = probe_cache(cache, clock, 120, 0, TimingEqualiser(clock, np.random.default_rng(0)))
     assert even.leak.auc < 0.62

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -36,6 +39,81 @@ def ask(client: httpx.Client, text: str, headers: dict | None = None) -> httpx.R
 
 def content(answer: httpx.Response) -> str:
     return answer.json()["choices"][0]["message"]["content"]
+
+
+def until(client: httpx.Client, done: Callable[[dict], bool], timeout_s: float = 60) -> dict:
+    """The cache's figures once they are ``done``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        figures = client.get("/stats").raise_for_status().json()["cache"]
+        if done(figures) or time.monotonic() > deadline:
+            return figures
+        time.sleep(0.05)
+
+
+def test_hits_in_other_words_are_computed_as_well_and_compared(tmp_path: Path, smollm2: Path):
+    """Nobody waits for it, nobody pays for it, and what disagrees takes the category out of the tier."""
+    body = {"model": "smollm2", "max_tokens": 40, "temperature": 0, "stop": [".", "\n"]}
+    with (
+        serving(tmp_path, "--cache", "semantic", "--cache-recheck", "1") as server,
+        server.client() as client,
+    ):
+
+        def ask_for(text: str) -> httpx.Response:
+            message = {"role": "user", "content": text}
+            return client.post(
+                "/v1/chat/completions", json={**body, "messages": [message]}
+            ).raise_for_status()
+
+        assert ask_for("What is the capital of France?").headers[MARK] == "miss"
+        usage = client.get("/stats").json()["engine"]
+        hit = ask_for("Which city is the capital of France?")
+        assert (hit.headers[MARK], hit.headers[f"{MARK}-tier"]) == ("hit", "semantic")
+        figures = until(client, lambda f: f["rechecked"] == 1)
+        assert figures["rechecked"] == 1
+        assert client.get("/stats").json()["engine"]["generated_tokens"] > usage["generated_tokens"]
+        text = client.get("/metrics").text
+        agree = 1 - figures["disagreed"]
+        assert f'sharewell_cache_reanswered_total{{agree="true"}} {agree:.1f}' in text
+        # an equal request is not compared: it is the same computation
+        ask_for("Which city is the capital of France?")
+        ask_for("What is the capital of France?")
+        assert until(client, lambda f: f["exact_hits"] >= 1)["rechecked"] <= 2
+
+
+def test_the_cache_is_told_how_busy_the_engine_is(tmp_path: Path, smollm2: Path):
+    many = ("--cache", "semantic", "--cache-queue", "1", "--max-seqs", "2")
+    with serving(tmp_path, *many) as server, server.client() as client:
+        ask(client, "Name a sea.")  # loads the embedder: the exact tier knows no load
+        assert client.get("/stats").json()["cache"]["load"] == 0.0
+        pause = threading.Event()
+
+        def busy(number: int) -> None:
+            with server.client() as mine:
+                body = {
+                    "model": "smollm2", "temperature": 1, "max_tokens": 400, "ignore_eos": True,
+                    "stream": True,
+                    "messages": [{"role": "user", "content": f"Tell a story about {number} men."}],
+                }  # fmt: skip
+                with mine.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    for _ in answer.iter_lines():
+                        if pause.is_set():
+                            return
+
+        threads = [threading.Thread(target=busy, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        figures = until(client, lambda f: f["load"] > 0.02)
+        pause.set()
+        for thread in threads:
+            thread.join()
+        assert 0.02 < figures["load"] <= 1
+        line = next(
+            x for x in client.get("/metrics").text.splitlines() if x.startswith("sharewell_cache_load")
+        )
+        assert float(line.split()[1]) > 0
+        # smoothed: it does not fall at once
+        assert client.get("/stats").json()["cache"]["load"] > figures["load"] * 0.5
 
 
 def test_two_servers_share_one_file(tmp_path: Path, smollm2: Path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import sqlite3
 import threading
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -426,6 +428,84 @@ def test_a_damaged_file_makes_misses_and_no_exceptions(tmp_path: Path):
         cache.invalidate(owner="a")
     cache.report()
     cache.close()
+
+
+def filled(path: Path, n: int = 400) -> dict[str, str]:
+    """A file of ``n`` answers."""
+    answers = {f"question {i} of many": f"answer {i} " + "text " * (i % 90) for i in range(n)}
+    with cache_of(path, policies={**ANY, "any": replace(ANY["any"], ttl_s=1e6)}) as cache:
+        for text, answer in answers.items():
+            cache.put(text, answer)
+    return answers
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_a_file_with_damaged_pages_what_is_whole_is_served_and_the_file_is_left_alone(
+    tmp_path: Path, seed: int
+):
+    path, rng = tmp_path / "cache", random.Random(seed)
+    answers = filled(path)
+    raw = bytearray(path.read_bytes())
+    pages = len(raw) // 4096
+    for page in rng.sample(range(1, pages), 3):
+        raw[page * 4096 : (page + 1) * 4096] = rng.choice([bytes(4096), rng.randbytes(4096)])
+    path.write_bytes(raw)
+    cache = cache_of(path)
+    served = {t: f.response for t in answers if (f := cache.lookup(t)).hit and f.tier == "exact"}
+    assert served.items() <= answers.items()
+    if "damaged" in cache.fault or "malformed" in cache.fault:
+        assert bytes(raw) == path.read_bytes()
+    assert cache.put("something new", "kept or not, but no exception") >= 0
+    cache.close()
+    assert len(served) > 200
+
+
+def test_a_file_whose_first_page_is_gone_makes_misses(tmp_path: Path):
+    path = tmp_path / "cache"
+    filled(path, 20)
+    raw = path.read_bytes()
+    path.write_bytes(bytes(4096) + raw[4096:])
+    cache = cache_of(path)
+    assert cache.fault and not cache.lookup("question 1 of many").hit
+
+
+def test_an_answer_that_changed_on_the_disk_is_not_given(tmp_path: Path):
+    path = tmp_path / "cache"
+    filled(path, 20)
+    raw = path.read_bytes()
+    assert raw.count(b"answer 7 text") == 1
+    path.write_bytes(raw.replace(b"answer 7 text", b"answer 9 text"))
+    with cache_of(path) as cache:
+        assert not cache.lookup("question 7 of many").hit
+        assert "entry 8 is damaged" in cache.fault
+        assert cache.lookup("question 6 of many").hit
+
+
+def test_what_is_read_of_a_damaged_file_keeps_its_calibrated_thresholds(tmp_path: Path):
+    path = tmp_path / "cache"
+    with cache_of(path) as cache:
+        store = cache.documents.store
+        assert store is not None
+        store.save_policy("any", replace(ANY["any"], threshold=0.97))
+    answers = filled(path)
+    raw = bytearray(path.read_bytes())
+    with closing(sqlite3.connect(path)) as db:  # the leaf that holds the first rows
+        pages = dict(db.execute("SELECT name, rootpage FROM sqlite_master WHERE rootpage > 0"))
+    root = (pages["entries"] - 1) * 4096
+    assert raw[root] in (2, 5)  # an inner page: its last child is at offset 8
+    child = int.from_bytes(raw[root + 8 : root + 12], "big") - 1
+    raw[child * 4096 : (child + 1) * 4096] = bytes(4096)
+    path.write_bytes(raw)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    cache = cache_of(path)
+    assert "could be read and are served from memory" in cache.fault
+    assert cache.policies["any"].threshold == 0.97
+    served = {t: f.response for t in answers if (f := cache.lookup(t)).tier == "exact"}
+    assert served.items() <= answers.items() and 300 < len(served) < 400
+    assert cache.lookup("Question 3 of many").tier == "semantic"
+    cache.close()
+    assert path.read_bytes() == bytes(raw)
 
 
 def test_a_full_disk_keeps_nothing_and_raises_nothing(tmp_path: Path):

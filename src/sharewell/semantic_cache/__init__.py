@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .agreement import answers_agree
     from .audit import (
         AUDIT_PATH,
         NONCE_HEADER,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .store import DocumentStore, StoreError
 
 _HOME = {
+    "answers_agree": "agreement",
     "CacheVersionError": "base",
     "Context": "base",
     "Defence": "base",

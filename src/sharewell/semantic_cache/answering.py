@@ -26,9 +26,15 @@ from .lookup import Lookup
 from .namespace import Namespace, Request
 from .policy import DEFAULT, DEFAULT_POLICIES, CategoryPolicy, checked_policies
 from .settings import CacheSettings
-from .slots import SlotVerifier
 
 log = logging.getLogger(__name__)
+
+
+def default_defences_of(embedder: Embedder | None) -> tuple[Defence, ...]:
+    """See :func:`.defences.default_defences`."""
+    from .defences import default_defences  # built on this module's neighbours
+
+    return tuple(default_defences(embedder))
 
 
 class Answering:
@@ -50,7 +56,10 @@ class Answering:
         self.clock: Clock = clock or WallClock()
         self.embedder = embedder
         self.policies = checked_policies(policies)
-        self.defences: tuple[Defence, ...] = tuple([SlotVerifier()] if defences is None else defences)
+        self._own_defences = defences is None
+        self.defences: tuple[Defence, ...] = (
+            default_defences_of(embedder) if defences is None else tuple(defences)
+        )
         self._own_classifier = classifier is None
         self.classifier: Classifier = classifier or default_classifier(embedder)
         self.figures, self.flight = Figures(), SingleFlight()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..models import Embedder
-from .answering import Answering
+from .answering import Answering, default_defences_of
 from .base import Defence, Entry, Query, Verdict
-from .calibration import Calibration, Judged, calibrations
+from .calibration import Calibration, Judged, calibrations, lower_bound
 from .categories import Classification, default_classifier
 from .figures import EVERYTHING, by_category
 from .lookup import Lookup
@@ -19,12 +19,14 @@ from .namespace import Namespace, Request
 from .policy import DEFAULT, CategoryPolicy
 from .store import StoreError
 
+LEAST_JUDGED, LOOKED_OFTEN = 20, 0.999
+
 
 class SemanticCache(Answering):
     """Answers that were given before: to the same request, and to the same question in other words.
 
-    ``embedder`` None leaves the exact tier only. ``defences`` None takes the slot verifier; give a list of
-    your own to replace it (see :func:`default_defences`). ``path`` None keeps everything in memory. Several
+    ``embedder`` None leaves the exact tier only. ``defences`` None takes :func:`default_defences`; give
+    a list of your own to replace them. ``path`` None keeps everything in memory. Several
     processes may open one file. Faults of embedder or file make misses, never exceptions, once the cache is
     open. Safe to use from many threads.
 
@@ -116,6 +118,8 @@ class SemanticCache(Answering):
         self.documents.attach(embedder)
         if self._own_classifier:
             self.classifier = default_classifier(embedder)
+        if self._own_defences:
+            self.defences = default_defences_of(embedder)
         self.embedder = embedder
 
     @property
@@ -204,17 +208,39 @@ class SemanticCache(Answering):
             raise StoreError(self.fault or "the cache is closed")
         return self._apply(self.documents.store.judged(), True)
 
+    def follow(self, category: str) -> Calibration | None:
+        """Move one category's threshold by what was judged while serving, by the rule of :meth:`recalibrate`;
+        what holds now, or None when it stays.
+
+        Where there is too little to certify anything, nothing moves, unless hits at the present threshold
+        are known to be wrong too often (lower bound at 99.9 %, since it is asked again and again): then the
+        category falls back to its exact tier.
+        """
+        policy, store = self.policies.get(category), self.documents.store
+        if policy is None or store is None or not policy.semantic:
+            return None
+        try:
+            judged = [j for j in store.judged() if j.category == category]
+        except StoreError as error:
+            self.documents.failed("read", error)
+            return None
+        result = calibrations(judged, {category: policy.max_wrong}, seed=self.settings.seed).get(category)
+        served = [j for j in judged if j.similarity >= policy.threshold]
+        if result is None or result.threshold == policy.threshold:
+            return None
+        if result.threshold is None and (
+            len(served) < LEAST_JUDGED
+            or lower_bound(sum(not j.right for j in served), len(served), LOOKED_OFTEN) <= policy.max_wrong
+        ):
+            return None
+        return self._apply(judged, True)[category]
+
     def _apply(self, judged: list[Judged], apply: bool) -> dict[str, Calibration]:
         wanted = {name: policy.max_wrong for name, policy in self.policies.items()}
         found = calibrations(judged, wanted, seed=self.settings.seed)
         for name, result in found.items() if apply else ():
             policy = self.policies[name]
-            threshold = result.threshold
-            new = (
-                replace(policy, semantic=False)
-                if threshold is None
-                else replace(policy, semantic=True, threshold=threshold, floor=None)
-            )
+            new = policy.calibrated(result.threshold, result.floor)
             self.policies[name] = new
             self.documents.attempt("write", lambda store, n=name, p=new: store.save_policy(n, p))
         return found

@@ -36,7 +36,7 @@ class Classifier(Protocol):
 
 _CODE = re.compile(
     r"```|\bdef \w+\(|\bclass \w+|#include\b|\bSELECT\b.+\bFROM\b|=>|\bimport \w+|[;{}]\s*$|\w+\(\w*\)"
-    r"|\b[\w/-]+\.(?:py|js|ts|rs|go|c|cpp|h|java|rb|sh|sql|toml|yaml|yml|json)\b|Traceback|\w+Error\b",
+    r"|\b(?!(?:Node|Vue|Next|Nuxt|Express|Three|D3)\.js)[\w/-]+\.(?:py|js|ts|rs|go|c|cpp|h|java|rb|sh|sql|toml|yaml|yml|json)\b|Traceback|\w+Error\b",
     re.MULTILINE,
 )
 _NOW = re.compile(
@@ -74,11 +74,14 @@ class RuleClassifier:
 
 
 class CentroidClassifier:
-    """The category whose examples' mean direction is nearest, from at most some fifty examples each.
+    """The category whose examples' centre is nearest, from at most some fifty examples each.
 
-    Below ``reject`` (cosine to the nearest centroid) it is "default"; when the second is within ``margin``,
-    both are named. ``reject=None`` takes the 2nd percentile of the examples' own cosines. Raises ValueError
-    for categories without examples.
+    Nearest where distances are measured in what varies little within a category (Fisher 1936; the shared
+    covariance is shrunk towards a multiple of the identity by ``shrink``, since examples are few): by the
+    cosine alone ``capital of Peru`` is as near to weather in cities as to capitals. Below ``reject`` (cosine
+    to the centre of its category) it is "default"; when the second category's share of the posterior is at
+    least ``doubt``, both are named. ``reject=None`` takes the 2nd percentile of the examples' own cosines.
+    Raises ValueError for categories without examples, or for ``shrink`` or ``doubt`` outside (0, 1].
     """
 
     def __init__(
@@ -87,34 +90,51 @@ class CentroidClassifier:
         examples: Mapping[str, Sequence[str]],
         *,
         reject: float | None = None,
-        margin: float = 0.05,
+        doubt: float = 0.2,
+        shrink: float = 0.5,
     ) -> None:
         empty = [name for name, texts in examples.items() if not texts]
         if empty or len(examples) < 2:
             raise ValueError(f"examples must hold texts of two or more categories, got none for {empty}")
-        self.names = tuple(examples)
-        centroids, own = [], []
+        for name, value in (("doubt", doubt), ("shrink", shrink)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        self.names, self.doubt = tuple(examples), doubt
+        centres, within, own = [], [], []
         for texts in examples.values():
-            vectors = embedder.embed(list(texts))
+            vectors = embedder.embed(list(texts)).astype(np.float64)
             total = vectors.sum(axis=0)
-            centroids.append(total / max(float(np.linalg.norm(total)), 1e-12))
+            centres.append(total / len(texts))
+            within.append(vectors - centres[-1])
             if len(texts) > 1:  # each example's cosine to the centre of the others
                 others = total - vectors
                 others /= np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-12)
                 own += (vectors * others).sum(axis=1).tolist()
-        self.centroids = np.stack(centroids).astype(np.float32)
+        centre, spread = np.stack(centres), np.concatenate(within)
+        self.centroids = _unit(centre).astype(np.float32)
+        covariance = spread.T @ spread / len(spread)
+        variance = max(float(np.trace(covariance)) / len(covariance), 1e-9)
+        mixed = (1 - shrink) * covariance + shrink * variance * np.eye(len(covariance))
+        slopes = np.linalg.solve(mixed, centre.T).T
+        self._slopes = slopes.astype(np.float32)
+        self._offsets = (-0.5 * (slopes * centre).sum(axis=1)).astype(np.float32)
         self.reject = float(np.percentile(own, 2)) if reject is None and own else reject or 0.0
-        self.margin = margin
 
     def __call__(self, text: str, embedding: NDArray[np.float32] | None) -> Classification | None:
         if embedding is None:
             return None
-        near = self.centroids @ embedding
-        order = np.argsort(-near)
-        if near[order[0]] < self.reject:
+        scores = self._slopes @ embedding + self._offsets
+        order = np.argsort(-scores)
+        best, second = int(order[0]), int(order[1])
+        if float(self.centroids[best] @ embedding) < self.reject:
             return Classification(DEFAULT)
-        close = near[order[0]] - near[order[1]] < self.margin
-        return Classification(self.names[order[0]], self.names[order[1]] if close else None)
+        posterior = np.exp(scores - scores[best])
+        close = posterior[second] / posterior.sum() >= self.doubt
+        return Classification(self.names[best], self.names[second] if close else None)
+
+
+def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 class Cascade:

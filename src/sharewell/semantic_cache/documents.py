@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from .base import Entry
 from .figures import EVERYTHING, Figures
 from .index import MemoryIndex
 from .policy import DEFAULT, CategoryPolicy
+from .salvage import salvage
 from .settings import CacheSettings
 from .store import DocumentStore, StoreError
 
@@ -55,6 +57,24 @@ class Documents:
             self._rebuild()
         except StoreError as error:
             self.failed("open", error)
+            self._salvage(error, embedder, dim)
+
+    def _salvage(self, error: StoreError, embedder: Embedder | None, dim: int) -> None:
+        """Go on from memory with what a damaged file still holds; the file is left as it is."""
+        if self.store is not None:
+            self.store.close()
+        cause = error.__cause__
+        # not one that is locked, or on a full disk
+        damaged = type(cause) is sqlite3.DatabaseError or "decode" in str(cause)
+        self.store = None
+        self.index.clear()
+        found = salvage(self.path, embedder.id if embedder else None, dim) if damaged and self.path else None
+        if found is None:
+            return
+        self.store, taken = found
+        self._rebuild()
+        self.fault += f"; {taken} answers could be read and are served from memory, nothing is written"
+        log.warning("%s", self.fault)
 
     def _rebuild(self) -> None:
         assert self.store is not None

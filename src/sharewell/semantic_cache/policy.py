@@ -60,6 +60,16 @@ class CategoryPolicy:
         """ttl_c(t) in seconds."""
         return self.ttl_s if self.strict else self.ttl_s * (1 + self.load_beta * load)
 
+    def calibrated(self, threshold: float | None, floor: float | None = None) -> CategoryPolicy:
+        """With a certified threshold (None: exact only) and how low load may push it, where load may at
+        all."""
+        if threshold is None:
+            return replace(self, semantic=False, floor=None)
+        if floor is None or floor >= threshold or not self.load_delta:
+            return replace(self, semantic=True, threshold=threshold, floor=None)
+        delta = threshold - floor
+        return replace(self, semantic=True, threshold=threshold, floor=floor, load_delta=delta)
+
     def stricter(self, other: CategoryPolicy) -> CategoryPolicy:
         """The stricter of both in every field: what holds when it is not clear which category it is."""
         narrow = min(self.scope, other.scope, key=SCOPES.index)

@@ -7,6 +7,7 @@ and never an index entry without its row. Ids are never used twice. Every insert
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import threading
@@ -32,7 +33,7 @@ CREATE TABLE IF NOT EXISTS entries (
   owner TEXT NOT NULL, category TEXT NOT NULL, text TEXT NOT NULL, embedding BLOB, crops BLOB,
   response TEXT NOT NULL, answer TEXT NOT NULL, meta TEXT NOT NULL, created REAL NOT NULL,
   expires REAL NOT NULL, cost REAL NOT NULL, heat REAL NOT NULL, heated REAL NOT NULL,
-  hits INTEGER NOT NULL DEFAULT 0);
+  hits INTEGER NOT NULL DEFAULT 0, checksum BLOB);
 CREATE INDEX IF NOT EXISTS entries_category ON entries (category, id);
 CREATE INDEX IF NOT EXISTS entries_owner ON entries (owner);
 CREATE INDEX IF NOT EXISTS entries_expires ON entries (expires);
@@ -83,6 +84,8 @@ class DocumentStore:
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.execute("PRAGMA busy_timeout=10000")
                 self._db.executescript(_SCHEMA)
+                if not any(row[1] == "checksum" for row in self._db.execute("PRAGMA table_info(entries)")):
+                    self._db.execute("ALTER TABLE entries ADD COLUMN checksum BLOB")
                 self._claim(embedder_id, dim)
         except BaseException:
             self._db.close()
@@ -143,23 +146,34 @@ class DocumentStore:
         """Write an entry (inside :meth:`writing`), replacing the one of the same key; (new id, replaced
         ids)."""
         old = [r[0] for r in self._db.execute("DELETE FROM entries WHERE key = ? RETURNING id", (key,))]
+        said = (
+            entry.partition, entry.owner, entry.category, _text(entry.text), _text(entry.response),
+            _text(entry.answer_text), json.dumps(dict(entry.meta)),
+        )  # fmt: skip
         cursor = self._db.execute(
             "INSERT INTO entries (key, partition, owner, category, text, embedding, crops, response, answer,"
-            " meta, created, expires, cost, heat, heated)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?)",
+            " meta, created, expires, cost, heat, heated, checksum)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
             (
-                key, entry.partition, entry.owner, entry.category, _text(entry.text), _blob(entry.embedding),
-                _blob(entry.crops), _text(entry.response), _text(entry.answer_text),
-                json.dumps(dict(entry.meta)),
-                entry.created, expires, cost_s, heated,
+                key, *said[:4], _blob(entry.embedding), _blob(entry.crops), *said[4:],
+                entry.created, expires, cost_s, heated, checksum(key, entry.created, expires, *said),
             ),
         )  # fmt: skip
         return int(cursor.lastrowid or 0), old
 
     def read(self, entry_id: int) -> tuple[Entry, float, float] | None:
-        """(entry, expires, cost) as the row says now; None when it is gone."""
-        rows = self._rows(f"SELECT {_FIELDS}, expires, cost FROM entries WHERE id = ?", entry_id)
-        return (self._entry(rows[0][:-2]), rows[0][-2], rows[0][-1]) if rows else None
+        """(entry, expires, cost) as the row says now; None when it is gone. Raises StoreError for a row that
+        is not as it was written."""
+        rows = self._rows(
+            f"SELECT {_FIELDS}, expires, cost, key, checksum FROM entries WHERE id = ?", entry_id
+        )
+        if not rows:
+            return None
+        *row, expires, cost_s, key, kept = rows[0]
+        # rows of before there were checksums have none
+        if kept is not None and kept != checksum(key, row[7], expires, *row[1:5], row[6], *row[9:11]):
+            raise StoreError(f"{self.path or 'the cache'}: entry {entry_id} is damaged")
+        return self._entry(tuple(row)), expires, cost_s
 
     def find(self, key: bytes) -> int | None:
         """The id under an exact key."""
@@ -357,6 +371,16 @@ class DocumentStore:
         """Close the file."""
         with self._lock:
             self._db.close()
+
+
+def checksum(key: bytes, created: float, expires: float, *texts: str) -> bytes:
+    """8 bytes over what an answer is given by: SQLite itself notices only damage to its own structure."""
+    digest = hashlib.blake2b(key, digest_size=8)
+    for text in (repr(float(created)), repr(float(expires)), *texts):
+        part = text.encode()
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
 
 
 def _blob(vectors: NDArray[np.float32] | None) -> bytes | None:

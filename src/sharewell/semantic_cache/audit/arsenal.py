@@ -14,11 +14,12 @@ from ..defences import (
     ScopeGuard,
     SecondOpinion,
     calibrate_defences,
+    default_defences,
 )
 from .sources import Question
 
-NAMES = ("none", "scope", "crop", "second", "rarity", "answer")
-DEFAULT_SETS = ("none", "scope", "crop", "second", "crop+second")
+NAMES = ("none", "scope", "crop", "second", "rarity", "answer", "default")
+DEFAULT_SETS = ("none", "default", "scope", "crop", "second", "crop+second")
 
 
 def benign_pairs(questions: Sequence[Question]) -> list[BenignPair]:
@@ -41,12 +42,17 @@ def build_defences(
     """The defences of ``spec``, names joined by "+", with thresholds from the benign pairs of ``questions``.
 
     ``max_hit_loss`` is below the 10 % that the measuring half may lose, so that chance has some room. With
-    fewer than 20 benign hits the shipped thresholds stay. Raises ValueError for an unknown name.
+    fewer than 20 benign hits the shipped thresholds stay, and those of "default" always do. Raises ValueError
+    for an unknown name.
     """
     names = [name for name in spec.split("+") if name != "none"]
     unknown = sorted(set(names) - set(NAMES))
-    if unknown or not spec:
-        raise ValueError(f"defences must be of {', '.join(NAMES)}, joined by +; got {spec!r}")
+    if unknown or not spec or ("default" in names and len(names) > 1):
+        raise ValueError(
+            f"defences must be of {', '.join(NAMES)}, joined by + (but for default); got {spec!r}"
+        )
+    if names == ["default"]:
+        return default_defences(embedder)
     texts = [t for q in questions for t in (q.question, *q.paraphrases)]
     makers = {
         "scope": ScopeGuard,

@@ -25,8 +25,9 @@ def audit(
         float | None, typer.Option(help="Audit at this similarity instead of the cache's own.")
     ] = None,
     defences: Annotated[
-        str, typer.Option(help="Sets to compare, by commas; + joins: none,scope,crop,second,crop+second.")
-    ] = "none,crop+second",
+        str,
+        typer.Option(help="Sets to compare, by commas; + joins: none,default,scope,crop,second,crop+second."),
+    ] = "none,default,crop+second",
     victims: Annotated[
         Path | None,
         typer.Option(help='JSON lines: "a question" or {"question": ..., "paraphrases": [...]}.'),
@@ -64,9 +65,10 @@ def audit(
     from .config import AuditConfig
     from .gradients import GradientProposer, RandomProposer, printable_words
     from .log import AttackLog
-    from .refusal import AuditRefused, loopback_cache_file
+    from .refusal import AuditRefused, check_own, loopback_cache_file
     from .runner import CollisionAudit
     from .sources import load_questions, shipped_questions
+    from .verdict import advice, verdict
 
     if not 0 <= fail_above <= 1:
         raise typer.BadParameter(f"must be in [0, 1], got {fail_above}", param_hint="--fail-above")
@@ -83,6 +85,7 @@ def audit(
             target = loopback_cache_file(cache, os.environ.get(TOKEN_VARIABLE, ""))
         else:
             target = Path(cache)
+            check_own(target)
         deployed = load_embedder(embedder)
         if twin == "none":
             words = printable_words(deployed, VOCABULARY)
@@ -103,7 +106,10 @@ def audit(
     if as_json:
         typer.echo(found.to_json(reveal=reveal))
     else:
+        typer.echo(verdict(found))
         _table(found)
+        for line in advice(found):
+            typer.echo(f"- {line}")
     if found.risk > fail_above:
         typer.echo(f"error: the risk {found.risk:.3f} is above --fail-above {fail_above}", err=True)
         raise typer.Exit(2)

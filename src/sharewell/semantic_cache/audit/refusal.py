@@ -39,14 +39,7 @@ def copy_cache(path: Path, folder: Path) -> Path:
 
     Raises AuditRefused for a file that is missing, not a regular file, not the caller's own, or no cache.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise AuditRefused(f"{path.name} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise AuditRefused(f"{path.name} is not a regular file")
-    if status.st_uid != os.geteuid():
-        raise AuditRefused(f"{path.name} belongs to another user: only its owner may audit it")
+    check_own(path)
     wal = path.with_name(path.name + "-wal")
     # Without a write-ahead log nobody has the file open, and `immutable` leaves no side files behind.
     mode = "mode=ro" if wal.exists() else "mode=ro&immutable=1"
@@ -62,6 +55,18 @@ def copy_cache(path: Path, folder: Path) -> Path:
     except sqlite3.Error as error:
         raise AuditRefused(f"{path.name} cannot be copied: {error}") from None
     return target
+
+
+def check_own(path: Path) -> None:
+    """Raises AuditRefused for a file that is missing, not a regular file or not the caller's own."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise AuditRefused(f"{path.name} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise AuditRefused(f"{path.name} is not a regular file")
+    if status.st_uid != os.geteuid():
+        raise AuditRefused(f"{path.name} belongs to another user: only its owner may audit it")
 
 
 def grant(token: str, nonce: str, file: Path | None) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from ...simulation import Clock, WallClock
 from ..base import Defence
 from ..cache import SemanticCache
 from ..categories import Classifier, default_classifier
-from ..defences import ScopeGuard
-from ..lookup import Lookup
+from ..defences import Provenance, ScopeGuard
 from ..namespace import Namespace
 from ..policy import DEFAULT_POLICIES, CategoryPolicy
 from ..store import DocumentStore
 from .arsenal import DEFAULT_SETS, build_defences, halves
+from .benign import benign_costs
 from .config import AuditConfig
 from .generator import Collision, CollisionSearch, Penalty
 from .gradients import Proposer
@@ -114,11 +114,17 @@ class CollisionAudit:
             aims = self._aims(first, pairs)
             typical = median(aims) if aims else 0.8
             sets = self._sets(defences, typical, victims)
-            plain = self._attack(pairs, aims, None)
+            adapting = [name for name, chosen in sets.items() if self._adapts(chosen)]
+            plain = self._attack(pairs, aims, None, 1 + len(adapting))
             results = []
             for name, chosen in sets.items():
                 cache = stack.enter_context(self._open(base, folder, chosen))
-                adaptive = self._adaptive(pairs, aims, plain, cache.defences)
+                count, adaptive = self._adaptive_pairs(len(pairs)), None
+                if name in adapting:
+                    stages = len(adapting) - adapting.index(name)
+                    adaptive = self._attack(pairs[:count], aims[:count], cache.defences, stages)
+                if adaptive is None or not cache.defences:
+                    adaptive = plain[:count]
                 results.append(self._score(cache, name, pairs, aims, plain, adaptive, halves(victims)[1]))
                 self._progress("defences", len(results), len(sets))
             control = self._control(pairs, aims)
@@ -131,8 +137,13 @@ class CollisionAudit:
         notes = ["Benign hits: wordings of every second question; the others chose the thresholds."]
         if any(aim >= 1 for aim in aims):
             notes.append("Questions of exact-only categories cannot collide and count as not hijacked.")
+        if len(pairs) < config.pairs:
+            notes.append(f"{len(pairs)} pairs instead of {config.pairs}: there are no more victim questions.")
         if partial:
-            notes.append(f"The time budget of {config.time_budget_s:g} s ended the audit early.")
+            notes.append(
+                f"The time budget of {config.time_budget_s:g} s ended the audit early; a search that was cut "
+                "off does not count as an attempt."
+            )
         return AuditReport(
             tuple(results),
             CONFIGURED,
@@ -196,7 +207,12 @@ class CollisionAudit:
         for spec in dict.fromkeys(("none", *specs)):
             chosen[spec] = build_defences(spec, self.embedder, min(threshold, 0.999), halves(victims)[0])
         # a file does not say which defences its cache is opened with: then the default ones count
-        chosen[CONFIGURED] = self.cache.defences if isinstance(self.cache, SemanticCache) else None
+        chosen[CONFIGURED] = None
+        if isinstance(self.cache, SemanticCache):
+            # what the audit is served must not stand in the owner's record
+            chosen[CONFIGURED] = [
+                d.without_records() if isinstance(d, Provenance) else d for d in self.cache.defences
+            ]
         return chosen
 
     def _aims(self, cache: SemanticCache, pairs: Sequence[tuple[Canary, Question]]) -> list[float]:
@@ -221,13 +237,31 @@ class CollisionAudit:
         asked = self.config.adaptive_pairs
         return pairs if asked is None else min(asked, pairs)
 
+    def _adapts(self, defences: Sequence[Defence] | None) -> bool:
+        """Whether there is anything to adapt to that a text could change. None: the defences that a cache has
+        by itself."""
+        if not self._adaptive_pairs(1):
+            return False
+        if defences is None:
+            return True
+        return bool(defences) and not any(
+            isinstance(d, ScopeGuard) and d.categories is None for d in defences
+        )
+
     def _attack(
         self,
         pairs: Sequence[tuple[Canary, Question]],
         aims: Sequence[float],
         defences: Sequence[Defence] | None,
+        stages: int,
     ) -> list[Collision | None]:
-        """The best text for each pair; None where the time was over or there is nothing to collide with."""
+        """The best text for each pair; None where the time was over or there is nothing to collide with.
+
+        This is the first of ``stages`` that still come. Each, and each pair in it, has its share of the time
+        that is left, so that one hard pair does not take it all; what it leaves over goes to the next.
+        """
+        now = self.clock.monotonic()
+        stage_end = now + (self._deadline - now) / stages
         config, out = self.config, []
         adaptive = defences is not None
         search_config = config.adaptive_search if adaptive else config.search
@@ -238,36 +272,29 @@ class CollisionAudit:
                 config.lambda_ppl, _signature(defences), config.seed,
             )  # fmt: skip
             found = self.log.get(key)
-            if found is None and not self._stop() and aim < 1:
+            if found is None and self.clock.monotonic() < stage_end and aim < 1:
                 penalties: list[Penalty] = []
                 if config.lambda_ppl and self._log_perplexity is not None:
                     penalties.append(Perplexity(self._log_perplexity, config.lambda_ppl))
                 if defences:
                     penalties.append(PassDefences(defences, self.embedder, aim, canary.answer))
                 rng = np.random.default_rng([config.seed, i, adaptive])
+                now = self.clock.monotonic()
+                pair_end = now + (stage_end - now) / (len(pairs) - i)
+
+                def late(end: float = pair_end) -> bool:
+                    return self.clock.monotonic() >= end
+
                 search = CollisionSearch(self.embedder, self.proposer, search_config, rng, penalties)
                 starts = victim_words(victim.question, max(search_config.suffix_lengths)) if adaptive else ()
-                found = search.search(canary.prompt, victim.question, target, stop=self._stop, starts=starts)
-                if found.reached or not self._stop():  # a search that was cut off is tried again
+                found = search.search(canary.prompt, victim.question, target, stop=late, starts=starts)
+                if found.reached or not late():  # a search that was cut off is tried again
                     self.log.put(key, found)
                 elif not found.reached:
                     found = None
             out.append(found)
             self._progress("adaptive attack" if adaptive else "attack", i + 1, len(pairs))
         return out
-
-    def _adaptive(
-        self,
-        pairs: Sequence[tuple[Canary, Question]],
-        aims: Sequence[float],
-        plain: list[Collision | None],
-        defences: Sequence[Defence],
-    ) -> list[Collision | None]:
-        count = self._adaptive_pairs(len(pairs))
-        # nothing to adapt to, or nothing that a text could change
-        if not defences or any(isinstance(d, ScopeGuard) and d.categories is None for d in defences):
-            return plain[:count]
-        return self._attack(pairs[:count], aims[:count], defences)
 
     # Scores
 
@@ -291,7 +318,7 @@ class CollisionAudit:
             Rate(sum(p.served for p in tried if p.adaptive is kind), sum(p.adaptive is kind for p in tried))
             for kind in (False, True)
         ]
-        kept, wrong, own, on_hit, on_miss = self._benign(cache, benign)
+        kept, wrong, own, on_hit, on_miss = benign_costs(cache, benign)
         return DefenceResult(
             name, rates[0], rates[1], kept, wrong, own, 1e3 * on_hit, 1e3 * on_miss, tuple(tried)
         )
@@ -326,32 +353,6 @@ class CollisionAudit:
             answer.reason,
         )
 
-    def _benign(
-        self, cache: SemanticCache, questions: Sequence[Question]
-    ) -> tuple[Rate, Rate, Rate, float, float]:
-        """(hits of other wordings by another user, of look-alikes, by the same user; seconds of a candidate
-        hit beyond embedding and search, of a miss)."""
-        counts = {"other": [0, 0], "wrong": [0, 0], "own": [0, 0]}
-        on_hit, on_miss = [], []
-        for question in questions:
-            wordings = (question.question, *question.paraphrases)
-            for i, stored in enumerate(wordings):
-                owner = Namespace(owner="sharewell-audit-benign")
-                entry = cache.put(stored, f"benign {stored}", namespace=owner, answer_text=stored)
-                asked = [("other", VICTIM, t) for t in wordings if t != stored]
-                asked += [("own", owner.owner, t) for t in wordings if not i and t != stored]
-                asked += [("wrong", VICTIM, question.near_miss)] if question.near_miss and not i else []
-                for kind, who, text in asked:
-                    found: Lookup = cache.lookup(text, namespace=Namespace(owner=who))
-                    counts[kind][0] += found.hit and found.entry_id == entry
-                    counts[kind][1] += 1
-                    candidate = found.similarity >= found.policy.threshold
-                    if "fetch_s" in found.timings:
-                        (on_hit if candidate else on_miss).append(found.timings["fetch_s"])
-                cache.invalidate(owner=owner.owner)
-        other, wrong, own = (Rate(int(counts[k][0]), counts[k][1]) for k in ("other", "wrong", "own"))
-        return other, wrong, own, median(on_hit or [0.0]), median(on_miss or [0.0])
-
     def _control(self, pairs: Sequence[tuple[Canary, Question]], aims: Sequence[float]) -> Rate:
         """Random suffixes, as long as the shortest that the search tries."""
         rng = np.random.default_rng([self.config.seed, 1_000_003])
@@ -359,6 +360,8 @@ class CollisionAudit:
         length, count, hits = min(self.config.search.suffix_lengths), self.config.controls, 0
         victims = self.embedder.embed([v.question for _, v in pairs])
         for start in range(0, count, 64):
+            if self._stop():
+                return Rate(hits, start)
             rows = [i % len(pairs) for i in range(start, min(start + 64, count))]
             texts = [" ".join((pairs[i][0].prompt, *searcher.random_suffix(length))) for i in rows]
             near = (self.embedder.embed(texts) * victims[rows]).sum(axis=1)

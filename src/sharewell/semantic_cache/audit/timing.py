@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CALIBRATION_PROBES = 20
-THRESHOLD_QUERIES = 6  # about log2(50)
+THRESHOLD_QUERIES = 6  # log2(50), rounded up
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models import Embedder
-from ..base import Context, Entry, Query
+from ..base import Context, Defence, Entry, Query
 from ..policy import CategoryPolicy
 from .scored import ScoredDefence
 
@@ -95,7 +95,7 @@ def calibrate_defences(
 def hit_loss(
     embedder: Embedder,
     benign_pairs: Sequence[BenignPair],
-    defences: Sequence[ScoredDefence],
+    defences: Sequence[Defence],
     *,
     threshold: float,
 ) -> tuple[int, int]:

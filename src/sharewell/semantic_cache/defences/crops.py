@@ -53,18 +53,19 @@ class CropConsistency(ScoredDefence):
     query; words that ask for something else are such a part, wherever they stand and whatever follows.
 
     An entry's crops are embedded once, at admission, and stored with it; the query's only for a candidate,
-    and a miss costs nothing. An entry without stored crops (older than this defence) is embedded at the hit.
-    Default thresholds are for all-MiniLM-L6-v2: calibrate. Raises ValueError for ``m`` outside [1, 4].
+    and a miss costs nothing. With ``m`` 0 there is only the weakest part, and a candidate costs nothing
+    either. An entry without stored crops (older than this defence) is embedded at the hit. Default thresholds
+    are for all-MiniLM-L6-v2: calibrate. Raises ValueError for ``m`` outside [0, 4].
     """
 
     name = "crop"
-    score_names = ("agreement", "weakest part")
 
-    def __init__(self, m: int = MAX_CROPS, tau: float = 0.5, tau_part: float = 0.4) -> None:
-        if not 1 <= m <= MAX_CROPS:
-            raise ValueError(f"m must be in [1, {MAX_CROPS}], got {m}")
+    def __init__(self, m: int = MAX_CROPS, tau: float = 0.45, tau_part: float = 0.4) -> None:
+        if not 0 <= m <= MAX_CROPS:
+            raise ValueError(f"m must be in [0, {MAX_CROPS}], got {m}")
         self.m = m
-        super().__init__((tau, tau_part))
+        self.score_names = ("agreement", "weakest part") if m else ("weakest part",)
+        super().__init__((tau, tau_part) if m else (tau_part,))
 
     def admit(self, entry: Entry, context: Context) -> Verdict:
         """Embed the entry's crops and parts. A text of too many parts is refused."""
@@ -74,16 +75,21 @@ class CropConsistency(ScoredDefence):
         return Verdict(True, crops=context.embed([*crops(entry.text, self.m), *parts]))
 
     def scores(self, query: Query, entry: Entry, context: Context) -> tuple[float, ...]:
-        """(agreement, weakest part). Embeds the query's crops."""
+        """(agreement, weakest part), or the latter alone. Embeds the query's crops."""
+        nothing = (-1.0,) * len(self.score_names)
         if not query.text.strip():
-            return (-1.0, -1.0)
+            return nothing
         kept = entry.crops
-        if kept is None or len(kept) <= self.m:
+        # a file may hold entries that were admitted with another m
+        before = -1 if kept is None else len(kept) - len(windows(entry.text))
+        if kept is None or before < self.m:
             admitted = self.admit(entry, context)
             if admitted.crops is None:
-                return (-1.0, -1.0)
-            kept = admitted.crops
-        asked: NDArray[np.float32] = context.embed(crops(query.text, self.m))
-        agreement = float(np.median((asked @ kept[: self.m].T).max(axis=1)))
+                return nothing
+            kept, before = admitted.crops, self.m
         whole = context.embed([query.text])[0] if query.embedding is None else query.embedding
-        return agreement, float((kept[self.m :] @ whole).min())
+        weakest = float((kept[before:] @ whole).min())
+        if not self.m:
+            return (weakest,)
+        asked: NDArray[np.float32] = context.embed(crops(query.text, self.m))
+        return float(np.median((asked @ kept[: self.m].T).max(axis=1))), weakest

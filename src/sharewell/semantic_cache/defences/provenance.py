@@ -57,14 +57,21 @@ class Provenance:
         with self._lock:
             return tuple(self._records)
 
+    def without_records(self) -> Provenance:
+        """Another one with the same quarantine: for a copy of the cache."""
+        with self._lock:
+            made = Provenance(self._records.maxlen or 1)
+            made._quarantined = set(self._quarantined)
+        return made
+
     def admit(self, entry: Entry, context: Context) -> Verdict:
         """Refuse a quarantined owner."""
         return self._check(entry)
 
     def accept(self, query: Query, entry: Entry, context: Context) -> Verdict:
-        """Refuse a quarantined owner's entry, record any other."""
+        """Refuse a quarantined owner's entry, record any other that is stored."""
         verdict = self._check(entry)
-        if verdict.ok:
+        if verdict.ok and entry.id:  # calibration asks about entries that nobody stored
             record = HitRecord(
                 context.now,
                 entry.id,

@@ -13,21 +13,28 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ...models import Embedder
-from ...semantic_cache import CacheSettings, Lookup, Namespace, SemanticCache, fingerprint
+from ...semantic_cache import (
+    CacheSettings,
+    Lookup,
+    Namespace,
+    SemanticCache,
+    fingerprint,
+)
 from ...semantic_cache import Request as CacheRequest
 from ...simulation import Clock
 from ..core.messages import EngineRequest, TokenLogprob
+from .cache_metrics import CacheCollector
+from .cache_upkeep import CacheUpkeep
 from .config import ServerConfig
 from .keys import ApiKey
 
@@ -102,8 +109,9 @@ class Answers:
         self._thread = ThreadPoolExecutor(1, "sharewell-cache")
         self.cache: SemanticCache | None = None
         if config.cache != "off":
-            settings = CacheSettings(capacity=config.cache_entries)
+            settings = CacheSettings(capacity=config.cache_entries, recheck_share=config.cache_recheck)
             self.cache = SemanticCache(config.cache_path, settings=settings, clock=clock)
+            self.upkeep = CacheUpkeep(self.cache, model, clock, self._run)
         self._no_embedder = False
         self.saved_tokens = self.bypassed = 0
 
@@ -160,8 +168,10 @@ class Answers:
     async def through(
         self, request: EngineRequest, stops: Sequence[str], keep_special: bool, key: ApiKey, ask: Ask,
         usage: Usage, compute: Callable[[], AsyncGenerator[Piece]],
+        again: Callable[[], AsyncGenerator[Piece]],
     ) -> AsyncGenerator[Piece]:  # fmt: skip
-        """The pieces of an earlier answer, or those of ``compute``, which are kept when they are complete."""
+        """The pieces of an earlier answer, or those of ``compute``, which are kept when they are complete.
+        ``again`` computes at the lowest priority what a hit is compared with."""
         cache = self.cache
         assert cache is not None
         plan = self._plan(request, stops, keep_special, key, ask)
@@ -176,15 +186,17 @@ class Answers:
             if waiting is not None and await _landed(waiting):
                 found = await self._look(plan, ask)
         if found.hit:
-            for piece in self._replay(found, usage):
+            pieces = self._replay(found, usage)
+            self.upkeep.recheck(found, "".join(piece.text for piece in pieces), again)
+            for piece in pieces:
                 yield piece
             return
         kept: list[Piece] = []
         start, before = self.clock.monotonic(), (usage.prompt_tokens, usage.completion_tokens)
         left = set(range(request.n))
         try:
-            async with contextlib.aclosing(compute()) as pieces:
-                async for piece in pieces:
+            async with contextlib.aclosing(compute()) as computed:
+                async for piece in computed:
                     kept.append(piece)
                     if piece.finish_reason is not None:
                         left.discard(piece.index)
@@ -230,7 +242,7 @@ class Answers:
         note.source = str(found.meta.get("id", ""))
         return found
 
-    def _replay(self, found: Lookup, usage: Usage) -> Iterable[Piece]:
+    def _replay(self, found: Lookup, usage: Usage) -> list[Piece]:
         prompt, completion = found.meta["usage"]
         usage.prompt_tokens += prompt
         usage.completion_tokens += completion
@@ -287,63 +299,21 @@ class Answers:
             "bypassed": self.bypassed,
             "saved_tokens": self.saved_tokens,
             "saved_s": total("saved_s"),
+            "rechecked": int(total("judged")),
+            "disagreed": int(total("wrong")),
+            "load": self.upkeep.load,
             "fault": self.cache.fault,
         }
 
     def collector(self) -> Collector:
         """The same for Prometheus, by category."""
-        return _CacheCollector(self)
+        return CacheCollector(self)
 
     async def stop(self) -> None:
         """Write what is pending and close the file."""
         if self.cache is not None:
             await self._run(self.cache.close)
         self._thread.shutdown()
-
-
-class _CacheCollector(Collector):
-    def __init__(self, answers: Answers) -> None:
-        self._answers = answers
-
-    def collect(self) -> Iterable[Metric]:
-        cache = self._answers.cache
-        lookups = CounterMetricFamily(
-            "sharewell_cache_lookups", "Lookups in the answer cache", labels=["result", "category"]
-        )
-        refused = CounterMetricFamily(
-            "sharewell_cache_refused", "Candidates that a defence refused", labels=["defence"]
-        )
-        seconds, by_defence = 0.0, dict[str, float]()
-        for (category, name), value in (cache.figures.totals() if cache is not None else {}).items():
-            result = {"exact_hits": "exact", "semantic_hits": "semantic", "misses": "miss"}.get(name)
-            if result is not None:
-                lookups.add_metric([result, category], value)
-            elif name.startswith("refused:"):
-                by_defence[name[8:]] = by_defence.get(name[8:], 0.0) + value
-            elif name == "saved_s":
-                seconds += value
-        for defence, value in by_defence.items():
-            refused.add_metric([defence], value)
-        yield lookups
-        yield refused
-        yield CounterMetricFamily(
-            "sharewell_cache_bypassed", "Requests that went past the answer cache", self._answers.bypassed
-        )
-        yield CounterMetricFamily(
-            "sharewell_cache_saved_tokens",
-            "Tokens of answers that were not computed",
-            self._answers.saved_tokens,
-        )
-        yield CounterMetricFamily(
-            "sharewell_cache_saved_seconds", "Seconds that they took when they were computed", seconds
-        )
-        entries = len(cache.index) if cache is not None else 0
-        yield GaugeMetricFamily("sharewell_cache_entries", "Answers in the cache", entries)
-        recall = cache.recall()[0] if cache is not None else None
-        if recall is not None:
-            yield GaugeMetricFamily(
-                "sharewell_cache_index_recall", "Share of the true neighbours that the index finds", recall
-            )
 
 
 def model_identity(folder: Path, config: ServerConfig) -> str:
