@@ -102,7 +102,7 @@ def test_mixing_is_as_good_as_the_best_of_its_inputs():
             number, bit = item if isinstance(item, tuple) else (code.n, 0)
             code.n += 1
             state[:3] = int(context[number]), 4 + number % 3, 10
-            return ec.code_mixed(io, buf, cells, state, 3, 32, bit, 250)
+            return ec.code_mixed3(io, buf, cells, state, 32, bit, 250)
 
         code.n = 0
         return code

@@ -14,7 +14,7 @@ from .placement import Crowd, Layout, Rules, place
 if TYPE_CHECKING:
     from .mohaf import MohafConfig
 
-LIST = 32  # resources remembered of each request
+LIST = 16  # resources remembered of each request
 DIRECTIONS = 24  # sampled requests whose weights the clusters' bounds are made for
 TREE_FROM = 64  # resources
 REGROW = 4  # the tree is cut anew each time this part of the resources took another request

@@ -35,7 +35,7 @@ class MohafConfig:
     w_energy: float = 0.2
     w_fair: float = 0.2
     hierarchy: bool = True
-    leaf: int = 8
+    leaf: int = 16
     price_eta: float = 0.5
     price_target: float = 0.7
     price_low: float = 0.5

@@ -273,10 +273,11 @@ def search(i, top, at, tree, fan, ask, offer, worst, w, count):
     on_reliability -= share * fan.reliability[t]
     on_availability -= share * fan.availability[t]
     on_energy, on_latency = (1.0 - share) * w[2] / worst, w[1] / (3.0 * ask[i, 3])
-    keys[0], items[0], size = np.inf, 0, 1
-    while size > 0 and keys[0] >= top[keep - 1] - _SLACK:
-        node = items[0]
-        size = drop_top(keys, items, size)
+    # Clusters wait in a heap. Inside one the better half is looked at first and the other waits on a stack,
+    # behind the heap's entries: for pairs a heap costs more than the few nodes that it saves.
+    size, bottom = 0, last[0]
+    node, stack = 0, bottom
+    while True:
         if leaf[node]:
             count[0] += last[node] - first[node]
             for k in range(first[node], last[node]):
@@ -291,10 +292,30 @@ def search(i, top, at, tree, fan, ask, offer, worst, w, count):
                     i, child, ask, box, room, t, share, base, on_price, on_reliability, on_availability,
                     on_energy, on_latency,
                 )  # fmt: skip
-                if bound >= top[keep - 1] - _SLACK and bound > -np.inf:
+                if bound < top[keep - 1] - _SLACK or bound == -np.inf:
+                    continue
+                if node == 0:
                     keys[size], items[size] = bound, child
                     sift_up(keys, items, size)
                     size += 1
+                else:
+                    keys[stack], items[stack] = bound, child
+                    if child > first[node] and stack > bottom and keys[stack - 1] > bound:
+                        if items[stack - 1] == child - 1:
+                            keys[stack], items[stack] = keys[stack - 1], items[stack - 1]
+                            keys[stack - 1], items[stack - 1] = bound, child
+                    stack += 1
+        low = top[keep - 1] - _SLACK
+        while stack > bottom and keys[stack - 1] < low:
+            stack -= 1
+        if stack > bottom:
+            stack -= 1
+            node = items[stack]
+        elif size > 0 and keys[0] >= low:
+            node = items[0]
+            size = drop_top(keys, items, size)
+        else:
+            break
 
 
 @njit(cache=True, error_model="numpy")

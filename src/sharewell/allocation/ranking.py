@@ -14,6 +14,7 @@ from heapq import nsmallest
 from math import fsum
 from typing import Any, Literal, NamedTuple
 
+_NO_CLAIMS: tuple[int, Counter[str]] = (0, Counter())
 Author = Any  # hashable, and comparable with its like
 
 
@@ -109,6 +110,7 @@ class RankIndex:
         # term -> item -> author -> clicks (with a half life: [weight, number of the last row])
         self._votes: dict[str, dict[str, dict[Author, Any]]] = {}
         self._popular: Counter[str] = Counter()
+        self._own_items: set[str] = set()
         self._claims: dict[str, tuple[int, Counter[str]]] = {}  # item -> describers, tag -> how many of them
         self._described: set[tuple[str, Author]] = set()
         self._raw: dict[Author, float] = {}
@@ -145,6 +147,7 @@ class RankIndex:
                 tags.update(set(row.tags))
                 self._claims[item] = (number + 1, tags)
             if author == self.own:
+                self._own_items.add(item)
                 self._all_stale = True
             else:
                 self._stale.add(author)
@@ -240,14 +243,12 @@ class RankIndex:
             raise ValueError(f"k must be at least 1, got {k}")
         query = query.strip().lower()
         allowed = None if candidates is None else set(candidates)
-        ranked = self._by_votes(query, allowed) if query in self._votes else []
-        voted = bool(ranked)
-        if not ranked:
-            ranked = self._cold(query, allowed)
-        ranked.sort(key=lambda r: (-r.score, r.item))
-        del ranked[k:]
-        if explain and voted:
-            ranked = [Ranked(r.item, r.score, self._why(query, r.item)) for r in ranked]
+        found = self._by_votes(query, allowed) if query in self._votes else []
+        explain = explain and bool(found)
+        ranked = [
+            Ranked(item, -score, self._why(query, item) if explain else ())
+            for score, item in nsmallest(k, found or self._cold(query, allowed))
+        ]
         if rng is not None and self.config.explore and rng.random() < self.config.explore:
             low = 1 if self.config.protect_first else 0
             if len(ranked) - low >= 2:
@@ -255,29 +256,36 @@ class RankIndex:
                 ranked[a], ranked[b] = ranked[b], ranked[a]
         return ranked
 
-    def _by_votes(self, query: str, allowed: set[str] | None) -> list[Ranked]:
+    def _by_votes(self, query: str, allowed: set[str] | None) -> list[tuple[float, str]]:
+        """(-score, item) of what was clicked for the query, so that the best are the smallest."""
         self._settle()
-        weight, config = self._weight, self.config
-        mine = self._profiles.get(self.own)
-        clicked = 0 if mine is None else mine.clicked
-        scores: dict[str, float] = {}
+        weight, fades = self._weight, self.config.half_life is not None
+        strict, own_items = self.config.require_metadata_match, self._own_items
+        library, claims = self.library, self._claims
+        found: list[tuple[float, str]] = []
+        worthless: list[tuple[float, str]] = []
         for item, votes in self._votes[query].items():
             if allowed is not None and item not in allowed:
                 continue
-            if (
-                config.require_metadata_match
-                and not clicked >> self._bits[item] & 1
-                and not self.carries(item, query)
-            ):
-                continue
+            if strict and item not in own_items:
+                # As `carries`, in place: a frequent term has thousands of items.
+                if item in library:
+                    if not self.carries(item, query):
+                        continue
+                else:
+                    number, tags = claims.get(item, _NO_CLAIMS)
+                    if not number or 2 * tags.get(query, 0) < number:
+                        continue
             # fsum: the order in which authors became known must not show in the last bit.
-            if config.half_life is None:
-                scores[item] = fsum([count * weight[author] for author, count in votes.items()])
+            if fades:
+                score = fsum([self._faded(a, c) * weight[a] for a, c in votes.items()])
+            elif len(votes) == 1:
+                ((author, count),) = votes.items()
+                score = count * weight[author]
             else:
-                scores[item] = fsum([self._faded(a, c) * weight[a] for a, c in votes.items()])
-        if any(score > 0 for score in scores.values()):
-            scores = {item: score for item, score in scores.items() if score > 0}
-        return [Ranked(item, score) for item, score in scores.items()]
+                score = fsum([count * weight[author] for author, count in votes.items()])
+            (found if score > 0 else worthless).append((-score, item))
+        return found or worthless
 
     def _faded(self, author: Author, vote: tuple[float, int]) -> float:
         return vote[0] * self._decay(self._profiles[author].seq - vote[1])
@@ -295,27 +303,22 @@ class RankIndex:
         rows.sort(key=lambda w: (-w[1] * (w[2] + isolation), w[0]))
         return tuple(rows)
 
-    def _cold(self, query: str, allowed: set[str] | None) -> list[Ranked]:
-        """A query nobody is known to have asked: own library, then tags in the log, then what is clicked
-        most.
-        """
+    def _cold(self, query: str, allowed: set[str] | None) -> list[tuple[float, str]]:
+        """As :meth:`_by_votes`, for a query nobody is known to have asked: own library, then tags in the log,
+        then what is clicked most."""
 
         def usable(item: str) -> bool:
             return allowed is None or item in allowed
 
-        local = [i for i in self.library if usable(i) and self.carries(i, query)]
-        if local:
-            top = max((self._popular[i] for i in self._popular), default=0) + 1
-            out = [Ranked(i, float(top + self._popular[i])) for i in local]
-            known = set(local)
-        else:
-            out, known = [], set()
+        known = {i for i in self.library if usable(i) and self.carries(i, query)}
+        top = max(self._popular.values(), default=0) + 1
+        out = [(-float(top + self._popular[i]), i) for i in known]
         out += [
-            Ranked(i, float(n))
+            (-float(n), i)
             for i, n in self._popular.items()
             if i not in known and usable(i) and self.carries(i, query)
         ]
-        return out or [Ranked(i, float(n)) for i, n in self._popular.items() if usable(i)]
+        return out or [(-float(n), i) for i, n in self._popular.items() if usable(i)]
 
 
 def exact_similarity(rows: Sequence[ClickRow], i: Author, j: Author, top_k: int = 10) -> Any:

@@ -17,6 +17,10 @@ from decimal import Decimal, localcontext
 import numpy as np
 from numba import njit
 
+# For functions that allocate nothing: without numba's reference counts, which it makes for every array
+# argument of every call and which took more time than the coding.
+lean = njit(cache=True, error_model="numpy", _nrt=False)  # pyright: ignore[reportCallIssue]
+
 # Fields of the coder's state, an int64 array.
 LOW, RANGE, CACHE, PENDING, POSITION, ENCODING, OVERFLOW, CODE, LIMIT = range(9)
 STATE_FIELDS = 9
@@ -50,7 +54,8 @@ def _logistic_tables() -> tuple[np.ndarray, np.ndarray]:
             before = value
     np.clip(squash, 24, 65536 - 24, out=squash)
     stretch = np.searchsorted(squash, np.arange(4096) * 16 + 8).astype(np.int64) - 2048
-    return squash, np.clip(stretch, -2047, 2047)
+    # 8 KiB each: both stay in the first-level cache beside the model's state
+    return squash.astype(np.uint16), np.clip(stretch, -2047, 2047).astype(np.int16)
 
 
 _SQUASH, _STRETCH = _logistic_tables()
@@ -72,7 +77,7 @@ def new_decoder(data: np.ndarray) -> np.ndarray:
     return io
 
 
-@njit(cache=True)
+@lean
 def _put(io, buf, byte):
     if io[POSITION] < buf.size:
         buf[io[POSITION]] = byte
@@ -81,7 +86,7 @@ def _put(io, buf, byte):
         io[OVERFLOW] = 1
 
 
-@njit(cache=True)
+@lean
 def _shift_low(io, buf):
     low = io[LOW]
     if low < (255 << 40) or low >= _FULL:
@@ -97,7 +102,7 @@ def _shift_low(io, buf):
     io[LOW] = (low & _MASK_LOW) << 8
 
 
-@njit(cache=True)
+@lean
 def _next_byte(io, buf):
     at = io[POSITION]
     io[POSITION] = at + 1
@@ -106,7 +111,7 @@ def _next_byte(io, buf):
     return np.int64(0)
 
 
-@njit(cache=True)
+@lean
 def finish(io, buf):
     """End an encoding: write the number in the final range that has the most trailing zeros. Returns the
     length in bytes; zeros at the end are not stored, as reading past the end yields them."""
@@ -124,7 +129,7 @@ def finish(io, buf):
     return end
 
 
-@njit(cache=True)
+@lean
 def code_bit(io, buf, p, bit):
     """One binary decision; ``p`` in [1, 65535] is 65,536 times the probability of a 1."""
     span = io[RANGE]
@@ -155,7 +160,7 @@ def code_bit(io, buf, p, bit):
     return bit
 
 
-@njit(cache=True)
+@lean
 def code_adaptive(io, buf, cells, at, bit, limit):
     """A binary decision by an adaptive probability: 22 bits of probability, 8 bits of count (up to ``limit``)
     in ``cells[at]``. The larger the limit, the slower it forgets."""
@@ -168,7 +173,7 @@ def code_adaptive(io, buf, cells, at, bit, limit):
     return bit
 
 
-@njit(cache=True)
+@lean
 def code_tree(io, buf, cells, base, bits, symbol, limit):
     """A symbol of ``bits`` bits by a binary tree of adaptive probabilities at ``cells[base:base +
     2**bits]``."""
@@ -178,7 +183,7 @@ def code_tree(io, buf, cells, base, bits, symbol, limit):
     return node - (1 << bits)
 
 
-@njit(cache=True)
+@lean
 def code_number(io, buf, cells, base, value):
     """A number in [0, 2**32 - 1): bit count by an adaptive tree (32 cells at ``base``), then the two bits
     below the first adaptively (128 more cells), the rest plainly. Takes 160 cells."""
@@ -198,37 +203,44 @@ def code_number(io, buf, cells, base, value):
     return out - 1
 
 
-@njit(cache=True)
-def code_mixed(io, buf, cells, state, n, weights, bit, limit):
+def _mixer(n):
     """A binary decision by ``n`` adaptive probabilities, ``cells[state[i]]`` for i < n, mixed in the
     logistic domain with the weights ``cells[weights : weights + n]`` (65,536 is 1), which learn online.
-    ``state[8 : 8 + n]`` is scratch."""
-    dot = np.int64(0)
-    for i in range(n):
-        s = _STRETCH[np.int64(cells[state[i]]) >> 18]
-        state[8 + i] = s
-        dot += s * cells[weights + i]
-    dot >>= 16
-    dot = min(max(dot, -2047), 2047)
-    p = _SQUASH[dot + 2048]
-    bit = code_bit(io, buf, p, bit)
-    error = (bit << 16) - p
-    goal = bit << 22
-    for i in range(n):
-        cells[weights + i] += (state[8 + i] * error + (1 << 16)) >> 17
-        at = state[i]
-        cell = np.int64(cells[at])
-        q, count = cell >> 8, cell & 255
-        q += ((goal - q) * _RATE[count]) >> 16
-        cells[at] = (q << 8) | min(count + 1, limit)
-    return bit
+    ``state[8 : 8 + n]`` is scratch. Compiled for each ``n``, so that its loops are unrolled."""
+
+    @lean
+    def code_mixed(io, buf, cells, state, weights, bit, limit):
+        dot = np.int64(0)
+        for i in range(n):
+            s = np.int64(_STRETCH[np.int64(cells[state[i]]) >> 18])
+            state[8 + i] = s
+            dot += s * np.int64(cells[weights + i])
+        dot >>= 16
+        dot = min(max(dot, -2047), 2047)
+        p = np.int64(_SQUASH[dot + 2048])
+        bit = code_bit(io, buf, p, bit)
+        error = (bit << 16) - p
+        goal = bit << 22
+        for i in range(n):
+            cells[weights + i] += (state[8 + i] * error + (1 << 16)) >> 17
+            at = state[i]
+            cell = np.int64(cells[at])
+            q, count = cell >> 8, cell & 255
+            q += ((goal - q) * _RATE[count]) >> 16
+            cells[at] = (q << 8) | min(count + 1, limit)
+        return bit
+
+    return code_mixed
+
+
+code_mixed3, code_mixed4, code_mixed5 = _mixer(3), _mixer(4), _mixer(5)
 
 
 # A frequency table over ``size`` (a power of two) symbols is ``cells[base : base + size]``, the counts, and a
 # Fenwick tree behind them; ``tables`` (int64) holds base, size and total of each.
 
 
-@njit(cache=True)
+@lean
 def rebuild_frequencies(cells, tables, table):
     """Fenwick tree and total from the counts."""
     base, size = tables[3 * table], tables[3 * table + 1]
@@ -244,7 +256,7 @@ def rebuild_frequencies(cells, tables, table):
     tables[3 * table + 2] = total
 
 
-@njit(cache=True)
+@lean
 def code_symbol(io, buf, cells, tables, table, symbol, increment):
     """A symbol by adaptive counts. At least one count must be positive; only symbols with one can be
     coded."""

@@ -25,11 +25,11 @@ MARK_CELLS, MARK_MASK, SPACE_WEIGHTS, CASE_WEIGHTS = 21, 22, 23, 24
 CLASSES, FOLLOW1, FOLLOW2, FOLLOW3, FOLLOW_MASK = 25, 26, 27, 28, 29
 MATCHES, MATCH_MASK, HISTORY, WORDS = 30, 31, 32, 33
 STARTS = 34  # [LEVELS + 1]: where the phrases of each level begin
-REJECTED = 48  # [16] scratch
 SITES = 64  # [8] scratch
-TABLES = 72  # base, size, total of the frequency tables: words, then the phrases of each level
+OFFERED, PLACES = 72, 88  # [16] each, scratch: the candidates of an event, and where in the lists they are
+TABLES = 104  # base, size, total of the frequency tables: words, then the phrases of each level
 FIELDS = TABLES + 3 * (LEVELS + 1)
-NUMBERS = 65536 + 1024  # within CLASSES: steps between first words, 160 cells a level
+NUMBERS = 65536 + 2048  # within CLASSES: steps between first words, 160 cells a level
 
 
 class Model(NamedTuple):
@@ -48,7 +48,7 @@ def new_model(n_tokens: int, n_book: int, n_phrases: np.ndarray) -> Model:
         (LETTERS, 1 << min(19, max(13, bits - 1)), HALF, LETTER_MASK),
         (LETTER_WEIGHTS, LETTER_WEIGHT_CELLS, third, 0),
         (FLAG_CELLS, 1 << 16, HALF, 0),
-        (FLAG_WEIGHTS, FLAGS << 10, 24000, 0),
+        (FLAG_WEIGHTS, (FLAGS << 10) + (4 << 6), 24000, 0),
         (MARK_CELLS, 1 << min(22, bits + 1), HALF, MARK_MASK),
         (SPACE_WEIGHTS, SPACES << 8, third, 0),
         (CASE_WEIGHTS, CASES << 8, third, 0),

@@ -10,9 +10,17 @@ the column."""
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from .entropy_coder import ENCODING, code_mixed, code_number, code_symbol, code_tree
+from .entropy_coder import (
+    ENCODING,
+    code_adaptive,
+    code_mixed3,
+    code_mixed4,
+    code_number,
+    code_symbol,
+    code_tree,
+    lean,
+)
 from .model_state import (
     CLASSES,
     FLAG_CELLS,
@@ -26,7 +34,8 @@ from .model_state import (
     MATCH_MASK,
     MATCHES,
     NUMBERS,
-    REJECTED,
+    OFFERED,
+    PLACES,
     STARTS,
     TABLES,
     WORDS,
@@ -41,41 +50,71 @@ _CONFIDENCE = 20  # a candidate: id + 1 in the low bits, confidence above
 _ID = (1 << _CONFIDENCE) - 1
 _SLOTS1, _SLOTS2, _SLOTS3 = 7, 3, 3
 OK, FORGED, FULL = 0, 1, 2
+# Within FLAG_CELLS: of one candidate, by its place, by its context and by what happened last; then of all
+# together, by the first of them, what happened last, the last word and the last two words.
+_BY_CONTEXT, _BY_PAST = 4096, 40960
+_ANY, _ANY_PAST, _ANY_WORD, _ANY_PAIR = 50176, 52224, 56320, 57344
 
 
-@njit(cache=True)
-def _try_list(io, buf, cells, state, base, slots, order, context, extra, symbol, n_rejected):
-    """Offer the candidates of one list. Returns (symbol or -1, number rejected so far)."""
+@lean
+def _offer(cells, state, base, slots, order, n):
+    """Add the candidates of one list that are not there yet to the ``n`` that are. Returns their number."""
     for j in range(slots):
         slot = np.int64(cells[base + j])
         if slot == 0:
             break
         candidate = (slot & _ID) - 1
         fresh = True
-        for r in range(n_rejected):
-            if state[REJECTED + r] == candidate:
+        for r in range(n):
+            if state[OFFERED + r] == candidate:
                 fresh = False
                 break
-        if not fresh:
-            continue
-        confidence = slot >> _CONFIDENCE
-        place = (order * 8 + j) * 16 + confidence
-        flags = state[FLAG_CELLS]
-        state[0] = flags + ((place << 2) | min(n_rejected, 3))
+        if fresh:
+            state[OFFERED + n] = candidate
+            state[PLACES + n] = (order * 8 + j) * 16 + (slot >> _CONFIDENCE)
+            n += 1
+    return n
+
+
+@lean
+def _choose(io, buf, cells, state, first, n, t1, h2, h3, past, symbol):
+    """Which of the candidates ``first`` to ``n`` it is, or -1: first whether it is any of them, as most
+    events that are none would else have to reject them all; the last is not asked for."""
+    flags, weights = state[FLAG_CELLS], state[FLAG_WEIGHTS]
+    known = np.int64(0)
+    if io[ENCODING]:
+        for k in range(first, n):
+            if state[OFFERED + k] == symbol:
+                known = 1
+    top = state[PLACES + first]
+    state[0] = flags + _ANY + (top << 2 | (past & 3))
+    state[1] = flags + _ANY_WORD + (((t1 * 0x3C6EF372 + 7) * 0x9E3779B1 >> 11) & 0x3FF)
+    state[2] = flags + _ANY_PAIR + ((h2 >> 30) & 0x1FFF)
+    state[3] = flags + _ANY_PAST + (past << 4 | (n - first))
+    at = weights + (FLAGS << 10) + ((past & 3) * 16 + (n - first)) * 4
+    if not code_mixed4(io, buf, cells, state, at, known, 250):
+        return np.int64(-1)
+    for k in range(first, n - 1):
+        candidate, place = state[OFFERED + k], state[PLACES + k]
+        order = place >> 7
+        context = t1
+        if order == 3:
+            context = h3 >> 30
+        elif order == 2:
+            context = h2 >> 30
+        state[0] = flags + ((place << 2) | min(k, 3))
         state[1] = (
-            flags + 4096 + (((context + j * 0x3C6EF372 + order * 0x2545F491) * 0x9E3779B1 >> 11) & 0x7FFF)
+            flags
+            + _BY_CONTEXT
+            + (((context + ((place >> 4) & 7) * 0x3C6EF372 + order * 0x2545F491) * 0x9E3779B1 >> 11) & 0x7FFF)
         )
-        state[2] = flags + 40960 + (((order * 8 + j) << 8) | extra)
-        weights = state[FLAG_WEIGHTS] + place * FLAGS
-        hit = code_mixed(io, buf, cells, state, FLAGS, weights, np.int64(candidate == symbol), 250)
-        if hit:
-            return candidate, n_rejected
-        state[REJECTED + n_rejected] = candidate
-        n_rejected += 1
-    return -1, n_rejected
+        state[2] = flags + _BY_PAST + ((place >> 4 << 8) | past)
+        if code_mixed3(io, buf, cells, state, weights + place * FLAGS, np.int64(candidate == symbol), 250):
+            return candidate
+    return state[OFFERED + n - 1]
 
 
-@njit(cache=True)
+@lean
 def _learn(table, base, slots, symbol):
     """Move ``symbol`` up in a list of candidates, or put it in."""
     for j in range(slots):
@@ -98,7 +137,7 @@ def _learn(table, base, slots, symbol):
         table[base + j - 1] -= 1 << _CONFIDENCE
 
 
-@njit(cache=True)
+@lean
 def _bucket(table, start, mask, h):
     """Start of the bucket of ``h`` in a checked table, emptied when it belonged to another context."""
     base = start + (((h >> 6) & mask) & ~3)
@@ -111,7 +150,19 @@ def _bucket(table, start, mask, h):
     return base
 
 
-@njit(cache=True)
+@lean
+def _code_class(io, buf, cells, base, kind):
+    """The class of an event that no candidate was: the usual ones by one to three decisions. 19 cells."""
+    if code_adaptive(io, buf, cells, base + 16, np.int64(kind == _WORD), 200):
+        return np.int64(_WORD)
+    if code_adaptive(io, buf, cells, base + 17, np.int64(kind == _BYTE), 200):
+        return np.int64(_BYTE)
+    if code_adaptive(io, buf, cells, base + 18, np.int64(kind == _ESCAPE), 200):
+        return np.int64(_ESCAPE)
+    return np.int64(code_tree(io, buf, cells, base, 4, kind, 200))
+
+
+@lean
 def code_event(io, buf, cells, state, levels, t1, t2, t3, guess, guess_length, past, symbol):
     """One event: an id below ``n_words`` is a word, ``n_words`` an escape, above it a phrase. ``guess``:
     what the longest match predicts, or -1. ``past``: bits that say how the last events were found. Returns
@@ -132,44 +183,41 @@ def code_event(io, buf, cells, state, levels, t1, t2, t3, guess, guess_length, p
     if guess >= 0:
         flags = state[FLAG_CELLS]
         state[0] = flags + min(guess_length, 31) * 4
-        state[1] = flags + 4096 + (((t1 * 0x3C6EF372 + 99) * 0x9E3779B1 >> 11) & 0x7FFF)
-        state[2] = flags + 40960 + (7 << 11) + (past << 3 | min(guess_length >> 2, 7))
+        state[1] = flags + _BY_CONTEXT + (((t1 * 0x3C6EF372 + 99) * 0x9E3779B1 >> 11) & 0x7FFF)
+        state[2] = flags + _BY_PAST + (27 << 8) + (past << 3 | min(guess_length >> 2, 7))
         weights = state[FLAG_WEIGHTS] + min(guess_length, 15) * FLAGS
-        if code_mixed(io, buf, cells, state, FLAGS, weights, np.int64(guess == symbol), 250):
+        if code_mixed3(io, buf, cells, state, weights, np.int64(guess == symbol), 250):
             found = guess
             how = 3
         else:
-            state[REJECTED] = guess
+            state[OFFERED] = guess
             n_rejected = 1
     if found < 0:
-        found, n_rejected = _try_list(
-            io, buf, cells, state, b3 + 1, _SLOTS3, 3, h3 >> 30, past, symbol, n_rejected
-        )
-        how = 2
-    if found < 0:
-        found, n_rejected = _try_list(
-            io, buf, cells, state, b2 + 1, _SLOTS2, 2, h2 >> 30, past, symbol, n_rejected
-        )
-        how = 2
-    if found < 0:
-        found, n_rejected = _try_list(io, buf, cells, state, b1, _SLOTS1, 1, t1, past, symbol, n_rejected)
-        how = 1
+        n = _offer(cells, state, b3 + 1, _SLOTS3, 3, n_rejected)
+        n = _offer(cells, state, b2 + 1, _SLOTS2, 2, n)
+        n = _offer(cells, state, b1, _SLOTS1, 1, n)
+        if n > n_rejected:
+            found = _choose(io, buf, cells, state, n_rejected, n, t1, h2, h3, past, symbol)
+            if found >= 0:
+                for k in range(n_rejected, n):
+                    if state[OFFERED + k] == found:
+                        how = 1 if state[PLACES + k] < 256 else 2
     if found < 0:
         how = 0
-        kind = _WORD
+        kind = np.int64(_WORD)
         index = np.int64(0)
         if io[ENCODING]:
             if symbol < BYTE_WORDS:
-                kind = _BYTE
+                kind = np.int64(_BYTE)
             elif symbol == n_words:
-                kind = _ESCAPE
+                kind = np.int64(_ESCAPE)
             elif symbol > n_words:
-                kind = _PHRASE + levels[symbol - n_words - 1]
+                kind = np.int64(_PHRASE + levels[symbol - n_words - 1])
                 index = symbol - n_words - 1
             else:
                 index = symbol - BYTE_WORDS
-        kind = code_tree(
-            io, buf, cells, state[CLASSES] + 65536 + (kind_of(t1) * 16 + (past & 15)) * 16, 4, kind, 200
+        kind = _code_class(
+            io, buf, cells, state[CLASSES] + 65536 + (kind_of(t1) * 16 + (past & 15)) * 32, kind
         )
         if kind == _BYTE:
             found = code_tree(
@@ -195,7 +243,7 @@ def code_event(io, buf, cells, state, levels, t1, t2, t3, guess, guess_length, p
     return found, how
 
 
-@njit(cache=True)
+@lean
 def _remember(cells, state, words, at):
     """Enter the four words that end at ``at``; returns the place where the same four ended before, or -1."""
     if at < 3:
@@ -210,7 +258,7 @@ def _remember(cells, state, words, at):
     return before
 
 
-@njit(cache=True)
+@lean
 def _match_length(words, a, b):
     n = 0
     while n < 32 and a - n >= 0 and words[a - n] == words[b - n]:
@@ -218,7 +266,7 @@ def _match_length(words, a, b):
     return n
 
 
-@njit(cache=True)
+@lean
 def code_book(io, buf, cells, state, words, levels, lengths, bounds):
     """The dictionary's phrases as text that both sides read first. ``words`` and ``starts`` of the entries
     follow from ``levels``; each class ``bounds[k]..bounds[k+1]`` is sorted, so that first words are stored
@@ -266,7 +314,7 @@ def code_book(io, buf, cells, state, words, levels, lengths, bounds):
     return OK
 
 
-@njit(cache=True)
+@lean
 def run(
     io,
     buf,

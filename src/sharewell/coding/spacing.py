@@ -6,14 +6,13 @@ as the column, at which lines tend to be broken, and as what the longest match s
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from .entropy_coder import code_mixed
+from .entropy_coder import code_mixed4, code_mixed5, lean
 from .model_state import CASE_WEIGHTS, CASES, HISTORY, MARK_CELLS, MARK_MASK, SITES, SPACE_WEIGHTS, SPACES
 from .tokens import BYTE_WORDS, CAPITALIZED, PLAIN, UPPER
 
 
-@njit(cache=True)
+@lean
 def kind_of(word):
     """0 a word of letters, 1 a digit, 2 a full stop or the like, 3 another byte."""
     if word >= BYTE_WORDS or 97 <= word <= 122 or word >= 128:
@@ -25,20 +24,28 @@ def kind_of(word):
     return 3
 
 
-@njit(cache=True)
+@lean
 def _site(state, k, h):
     state[SITES + k] = (h * 0x5851F42D4C957F2D >> 17) ^ k
 
 
-@njit(cache=True)
-def _mark_bit(io, buf, cells, state, n, weights, node, bit):
+@lean
+def _space_bit(io, buf, cells, state, weights, node, bit):
     start, mask = state[MARK_CELLS], state[MARK_MASK]
-    for k in range(n):
-        state[k] = start + ((state[SITES + k] + node * 0x9E3779) & mask)
-    return code_mixed(io, buf, cells, state, n, weights, np.int64(bit), 250)
+    for k in range(SPACES):
+        state[k] = start + (((state[SITES + k] + (node >> 4) * 0x9E3779) ^ (node & 15)) & mask)
+    return code_mixed5(io, buf, cells, state, weights, np.int64(bit), 250)
 
 
-@njit(cache=True)
+@lean
+def _case_bit(io, buf, cells, state, weights, node, bit):
+    start, mask = state[MARK_CELLS], state[MARK_MASK]
+    for k in range(CASES):
+        state[k] = start + (((state[SITES + k] + (node >> 4) * 0x9E3779) ^ (node & 15)) & mask)
+    return code_mixed4(io, buf, cells, state, weights, np.int64(bit), 250)
+
+
+@lean
 def code_space(
     io, buf, cells, state, bits, t1, whole, word, length, column, last, line, guess, guess_length, symbol
 ):
@@ -54,19 +61,19 @@ def code_space(
     matched = 0 if guess < 0 else 1 + min(guess_length >> 3, 2)
     base = state[SPACE_WEIGHTS] + matched * 16 * SPACES
     if not (whole and k1 == 0 and k2 == 0):  # two words of letters are never without space between them
-        if not _mark_bit(io, buf, cells, state, SPACES, base, 0, symbol != 0):
+        if not _space_bit(io, buf, cells, state, base, 0, symbol != 0):
             return 0
-    if not _mark_bit(io, buf, cells, state, SPACES, base + SPACES, 1, symbol != 1):
+    if not _space_bit(io, buf, cells, state, base + SPACES, 1, symbol != 1):
         return 1
     node = 1
     for place in range(bits - 1, -1, -1):
         at = base + (2 + min(bits - 1 - place, 13)) * SPACES
-        bit = _mark_bit(io, buf, cells, state, SPACES, at, node + 2, (symbol >> place) & 1)
+        bit = _space_bit(io, buf, cells, state, at, node + 2, (symbol >> place) & 1)
         node = (node << 1) | bit
     return node - (1 << bits)
 
 
-@njit(cache=True)
+@lean
 def code_case(io, buf, cells, state, t1, word, slot, space, before, guess, guess_length, symbol):
     """The case of ``word`` after ``t1`` and ``space``; ``slot``: its place in the history; ``before``: the
     case of the word before; ``guess``: what a match predicts, or -1."""
@@ -77,9 +84,9 @@ def code_case(io, buf, cells, state, t1, word, slot, space, before, guess, guess
     _site(state, 3, (t1 * 0x100000 + word) * 64 + 37)
     base = state[CASE_WEIGHTS] + (0 if guess < 0 else 1 + min(guess_length >> 3, 2)) * 2 * CASES
     out = PLAIN
-    if _mark_bit(io, buf, cells, state, CASES, base, 0, symbol != PLAIN):
+    if _case_bit(io, buf, cells, state, base, 0, symbol != PLAIN):
         out = CAPITALIZED
-        if _mark_bit(io, buf, cells, state, CASES, base + CASES, 1, symbol == UPPER):
+        if _case_bit(io, buf, cells, state, base + CASES, 1, symbol == UPPER):
             out = UPPER
     cells[state[HISTORY] + slot] = (past * 3 + out) % 9
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .entropy_coder import ENCODING, code_mixed, code_tree
+from .entropy_coder import ENCODING, code_mixed5, code_tree, lean
 from .tokens import MAX_RUN
 
 END, CAPITAL, HIGH = 0, 27, 28  # beside 1..26, the small letters
@@ -18,7 +18,7 @@ LETTERS, LETTER_MASK, LETTER_WEIGHTS = 16, 17, 18  # fields of the state: where 
 LETTER_WEIGHT_CELLS = 6 * 32 * _INPUTS
 
 
-@njit(cache=True)
+@lean
 def code_word(io, buf, cells, state, word, known, length):
     """One word in ``word`` (uint8 [MAX_RUN]), whose first ``known`` bytes both sides have. Encoding:
     ``length`` is given. Returns the length; -1 for what no encoder writes.
@@ -62,7 +62,7 @@ def code_word(io, buf, cells, state, word, known, length):
                 base4 + node,
             )
             at = weights + chosen + node * _INPUTS
-            bit = code_mixed(io, buf, cells, state, _INPUTS, at, (symbol >> place) & 1, 200)
+            bit = code_mixed5(io, buf, cells, state, at, (symbol >> place) & 1, 200)
             node = (node << 1) | bit
         symbol = node - 32
         if symbol == END:
