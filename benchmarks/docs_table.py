@@ -34,7 +34,7 @@ def _line(row: Row) -> str:
         ratio,
         needs,
     )
-    return "| " + " | ".join(cell or " " for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") or " " for cell in cells) + " |"
 
 
 def not_run(slug: str) -> str:

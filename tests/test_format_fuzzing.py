@@ -214,6 +214,8 @@ def fuzz(name: str, folder: Path, seconds: float, seed: int) -> int:
         forged = kind.forge is not None and rng.random() < 0.4
         raw = kind.forge(kind.samples[at], rng) if forged and kind.forge else mutate(kind.samples[at], rng)
         tried += 1
+        if not raw and name == "gossip log file":
+            continue  # an empty file is a new log: a crash before the first write leaves one
         try:
             found = kind.read(raw)
         except kind.errors:

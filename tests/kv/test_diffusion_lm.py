@@ -412,26 +412,26 @@ def test_a_folder_that_cannot_be_used_says_why(
 
 
 def test_worked_sums_are_checked_exactly() -> None:
-    assert solve("358+467;") == "0110825;" and solve("999+001;") == "1111000;"
-    assert solve("<530187;") == ">013578;"
+    assert solve("342+143;") == "1111040;" and solve("203+104;") == "0010312;"
+    assert solve("<430142;") == ">012344;"
     prompts, answers = WorkedSums(problems=4, seed=1).batch(50)
     assert score(prompts, answers).all() and prompts.shape == answers.shape == (50, 32)
     wrong = answers.copy()
-    wrong[3, 5] = (wrong[3, 5] + 1) % 10
+    wrong[3, 5] = (wrong[3, 5] + 1) % 5
     assert score(prompts, wrong).sum() == 199 and not score(prompts, wrong)[3, 0]
     assert np.array_equal(WorkedSums(4, 1).batch(50)[0], prompts)
     assert not np.array_equal(WorkedSums(4, 2).batch(50)[0], prompts)
 
 
 @settings(max_examples=50)
-@given(st.integers(0, 999), st.integers(0, 999))
+@given(st.integers(0, 124), st.integers(0, 124))
 def test_a_sum_and_its_carries_agree(a: int, b: int) -> None:
-    said = solve(f"{a:03d}+{b:03d};")
-    assert int(said[3:7]) == a + b
+    said = solve(f"{np.base_repr(a, 5):0>3}+{np.base_repr(b, 5):0>3};")
+    assert int(said[3:7], 5) == a + b
     carries = [int(c) for c in said[:3]]
-    ones = a % 10 + b % 10 >= 10
-    tens = a % 100 + b % 100 >= 100
-    assert carries == [int(a + b >= 1000), int(tens), int(ones)]
+    lowest = a % 5 + b % 5 >= 5
+    middle = a % 25 + b % 25 >= 25
+    assert carries == [int(a + b >= 125), int(middle), int(lowest)]
 
 
 def test_text_and_ids_are_inverse() -> None:

@@ -27,6 +27,7 @@ from sharewell.kv import (
     UnsupportedModel,
 )
 from sharewell.models import Checkpoint, FusedDecoder, LoraAdapter, StockDecoder, load_transformers
+from sharewell.serving.core import Planner
 
 SIZE, BLOCKS, VOCAB, LAYERS = 16, 24, 160, 3
 SHAPE: dict[str, Any] = {
@@ -223,15 +224,10 @@ def test_what_pages_cannot_do_is_said(folder: Path) -> None:
         def low_rank(self, layer: int) -> LowRank:
             return LowRank(torch.zeros(2, 64), torch.zeros(2, 64), 1.0)
 
-    class Mass(KVPlan):
-        def wants_attention(self, layer: int) -> bool:
-            return True
-
     with pytest.raises(UnsupportedModel, match="causally only"):
         planned(pages, Full(), ids)
-    for plan in (Low(), Mass()):
-        with pytest.raises(UnsupportedModel, match="layer 0"):
-            planned(pages, plan, ids)
+    with pytest.raises(UnsupportedModel, match="layer 0"):
+        planned(pages, Low(), ids)
     with pytest.raises(UnsupportedModel, match="no plane z of width 2"):
         planned(torchy(folder), Low(), ids)
     with pytest.raises(PlanError, match="slot 0 is neither active nor read"):
@@ -246,10 +242,33 @@ class Partial2(KVPlan):
         return self.slots
 
 
+def test_attention_mass_on_fused_pages_is_the_stock_decoders(folder: Path) -> None:
+    class Mass(KVPlan):
+        def __init__(self, to_self: bool) -> None:
+            self.mass_of_self, self.got = to_self, []
+
+        def wants_attention(self, layer: int) -> bool:
+            return layer > 0
+
+        def observe(self, layer: int, slots: Any, k: Any, v: Any, mass: Any = None) -> None:
+            self.got.append(mass)
+
+    ids = text(14, 41)
+    for to_self in (True, False):
+        ours, oracle = Mass(to_self), Mass(to_self)
+        planned(fused(folder, "float32"), ours, ids)
+        PlannedForward(StockDecoder.from_folder(folder))(ids, oracle)
+        assert ours.got[0] is None and oracle.got[0] is None
+        for layer in (1, 2):
+            assert (ours.got[layer][0] - oracle.got[layer][0]).abs().max() < 1e-3
+            total = float(ours.got[layer][0].sum())
+            assert (abs(total - 41 * 4) < 1e-2) is to_self
+
+
 # Inside the engine
 
 
-class Remembering:
+class Remembering(Planner):
     """Keeps the keys and values of every finished prompt and reuses them in later ones."""
 
     def __init__(self, core: Any, runner: Any) -> None:

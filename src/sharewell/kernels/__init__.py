@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .aie_model import AieModel, AieReport, board_timings
     from .aie_streams import StreamShape, simulate_streams
     from .attention import MAX_ITEM_ROWS, attention_entries, scratch_floats
+    from .flash_lora import flash_lora_attention
     from .packing import (
         FORMATS,
         GROUP,
@@ -60,6 +61,7 @@ _HOME = {
     "attention_entries": "attention",
     "board_timings": "aie_model",
     "decoder_step": "step",
+    "flash_lora_attention": "flash_lora",
     "measure_rates": "temporal_gemm",
     "open_safetensors": "temporal_operands",
     "pack_dense": "packing",

@@ -91,9 +91,11 @@ def attend(
     low: LowRank | None,
     mass: bool,
     scale: float | None = None,
+    others_only: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Packed ``q [T, heads, d]`` to ``[T, heads, d]``, and the attention that each place of each group's
-    sequences received (float32 ``[context]`` each) when ``mass`` asks for it."""
+    sequences received (float32 ``[context]`` each) when ``mass`` asks for it; with ``others_only``, the
+    places of the queries, without what each gave itself."""
     out = q if len(groups) == 1 else torch.empty_like(q)
     masses: list[torch.Tensor] = []
     for g in groups:
@@ -103,13 +105,34 @@ def attend(
             z = space.low_rank(layer, g.sequence, g.count, g.context) if low is not None else None
             o, p = _eager(rows, k, v, g.mask, scale, low, z)
             if mass:
-                masses += list(p.float().sum((1, 2, 3)))
+                masses += _received(p, None if others_only is None else others_only[g.first : g.end])
         else:
             o = _sdpa(rows, k, v, g.mask, scale)
         if len(groups) == 1:
             return o.reshape(q.shape), masses if mass else None
         out[g.first : g.end] = o.reshape(-1, *q.shape[1:])
     return out, masses if mass else None
+
+
+def received(
+    q: torch.Tensor, k: torch.Tensor, places: torch.Tensor, *, to_self: bool, scale: float
+) -> torch.Tensor:
+    """Attention that each key got, float32 ``[context]``: queries ``q [t, heads, d]`` at ``places`` over the
+    keys ``k [context, kv_heads, d]`` of places 0, 1, ... up to their own."""
+    mask = torch.arange(len(k), device=k.device)[None] <= places[:, None]
+    keys = k.transpose(0, 1)[None]
+    _, p = _eager(q[None], keys, keys, mask, scale, None, None)
+    return _received(p, None if to_self else places)[0]
+
+
+def _received(p: torch.Tensor, own: torch.Tensor | None) -> list[torch.Tensor]:
+    """Sums of ``p [n, kv heads, group, t, context]`` over queries and heads: ``[context]`` for each of n."""
+    mass = p.float().sum((1, 2, 3))
+    if own is not None:
+        own = own.view(len(p), -1)
+        at = own[:, None, None, :, None].expand(*p.shape[:4], 1)
+        mass = mass.scatter_add(1, own, -p.gather(-1, at)[..., 0].float().sum((1, 2)))
+    return list(mass)
 
 
 def _sdpa(

@@ -175,19 +175,21 @@ class BlockManager:
         self._lengths[sequence] = length + n_tokens
         return copies
 
-    def fork(self, parent: int, child: int, n_tokens: int | None = None) -> None:
-        """``child`` shares the blocks of the first ``n_tokens`` (default all) of ``parent``. Raises
-        ValueError for a child that exists or more tokens than the parent has."""
+    def fork(self, parent: int, child: int, n_tokens: int | None = None, first_block: int = 0) -> None:
+        """``child`` shares the blocks of the first ``n_tokens`` (default all) of ``parent``, those before
+        ``first_block`` left out. Raises ValueError for a child that exists or more tokens than the parent
+        has."""
         if child in self._tables:
             raise ValueError(f"sequence {child} exists")
         length = self._lengths[parent] if n_tokens is None else n_tokens
         if not 0 <= length <= self._lengths[parent]:
             raise ValueError(f"n_tokens must be in [0, {self._lengths[parent]}], got {n_tokens}")
-        table = self._tables[parent][: -(-length // self.block_size)]
+        table = self._tables[parent][first_block : -(-length // self.block_size)]
         for block in table:
             self._shared += self._references[block] == 1
             self._references[block] += 1
-        self._tables[child], self._lengths[child] = table, length
+        self._tables[child] = table
+        self._lengths[child] = max(0, length - first_block * self.block_size)
 
     def publish(self, sequence: int, i: int, block_hash: bytes, tokens: Sequence[int]) -> None:
         """Block ``i`` of the sequence is full and computed: others may share it under ``block_hash``."""

@@ -14,7 +14,7 @@ import torch
 from ..models import Decoder, ModelConfig, ModelError, StockDecoder, WholeDecoder
 from .attention import Group, attend, groups_of
 from .plans import Call, KVPlan, OwnPlan, PlanError, PlanStats, Read, UnsupportedModel
-from .rope import RopeSpec, move_keys, rope_of
+from .rope import RopeSpec, Turn, rope_of, turn_between
 from .spaces import DenseKV, Rows
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ class LayerPass:
         self.groups: list[Group] = []
         self.layer_lora = lora
         self._regroup()
+        self.watches = type(plan).states is not KVPlan.states
+        self._turns: dict[int, tuple[Read, Turn]] = {}  # by the identity of a read that comes again
         self._written: list[int] = []  # by all slots of the call
         self._marked: set[int] = set()  # by some
         plan.begin(call)
@@ -224,6 +226,8 @@ class LayerPass:
             if not len(h):
                 self.fill(layer)
                 return h
+            if layer and self.watches:
+                self.plan.states(layer, self.slots(), h)
             o = self._planned(decoder, layer, h)
         h = decoder.attn_out(layer, h, o, self.layer_lora)
         h = decoder.mlp(layer, h, self.layer_lora)
@@ -413,8 +417,11 @@ class LayerPass:
         if read.segment is not None and read.move:
             assert read.tokens is not None
             start = read.segment.positions[read.tokens.to(read.segment.positions.device)]
-            k = k.to(decoder.device)
-            k = move_keys(k, start.to(decoder.device), rows.places, self.options.rope)
+            known = self._turns.get(id(read))
+            if known is None:  # the read is kept, so that no other one gets its identity
+                turn = turn_between(start.to(decoder.device), rows.places, self.options.rope)
+                known = self._turns[id(read)] = read, turn
+            k = known[1](k.to(decoder.device))
         if read.transform is not None:
             k, v = read.transform(k, v)
         expected = (len(slots), decoder.config.n_kv_heads, decoder.config.head_dim)
@@ -448,7 +455,7 @@ class LayerPass:
 
     def check(self, layer: int) -> None:
         """Every token that the queries may see holds something at ``layer``. Raises PlanError."""
-        if self._trusted(layer):
+        if self.plan.present or self._trusted(layer):
             return
         for sequence in self.call.sequences.unique().tolist():
             place = self.space.missing(layer, sequence)
@@ -471,7 +478,7 @@ class LayerPass:
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
         return attend(
             q, self.groups, self.space, source, eager=self.options.attention == "eager", low=low, mass=mass,
-            scale=scale,
+            scale=scale, others_only=None if self.plan.mass_of_self else self.positions,
         )  # fmt: skip
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..models import Decoder, FusedDecoder, TiledPool, WholeDecoder
+from .attention import received
 from .engine import LayerPass
 from .layout import PageLayout
 from .plans import Call, KVPlan, OwnPlan, PlanStats, UnsupportedModel
@@ -324,12 +325,14 @@ class FusedPass(LayerPass):
         for layer in range(call.n_layers):
             h = self.select(layer, h)
             source = self.source(layer)
-            if plan.low_rank(layer) is not None or plan.wants_attention(layer):
+            if plan.low_rank(layer) is not None:
                 raise UnsupportedModel(
-                    f"layer {layer}: low-rank values and attention mass need the stock decoder, this is fused"
+                    f"layer {layer}: low-rank values need the stock decoder, this is fused"
                 )
             self.fill(layer)
             self.stats.computed[layer] = len(h)
+            if layer and self.watches and len(h):
+                plan.states(layer, self.slots(), h)
             if not len(h):
                 if layer == call.n_layers - 1:
                     self._indices(wanted)
@@ -351,9 +354,18 @@ class FusedPass(LayerPass):
             k = v = None
             if source == layer and self._observes:
                 k, v = pages.take(layer, self.rows)
-            plan.observe(layer, self.slots(), k, v)
+            mass = [self._mass(source)] if plan.wants_attention(layer) else None
+            plan.observe(layer, self.slots(), k, v, mass)
         self.finish()
         return logits
+
+    def _mass(self, source: int) -> torch.Tensor:
+        """Attention that each place got from the queries of the layer that just ran: ``[context]``."""
+        pages, context = self._pages, self._pages.contexts[0]
+        assert pages.tiles is not None
+        keys, _ = pages.tiles.read(source, pages.tables[0], torch.arange(context))
+        q = self._fused.last_queries(len(self.rows))
+        return received(q, keys, self.positions, to_self=self.plan.mass_of_self, scale=1.0)
 
     @property
     def _observes(self) -> bool:

@@ -96,6 +96,12 @@ class KVPlan:
     """
 
     mask: Literal["causal", "full"] = "causal"
+    # False: attention mass leaves out what each token gives itself.
+    mass_of_self: bool = True
+    # True: the pass's tokens are in the space already; slots that are not active stay as they are.
+    present: bool = False
+    # Positions below this hold what computing would give, for everybody.
+    exact_tokens: int = 0
 
     def begin(self, call: Call) -> None:
         """A pass over ``call`` begins."""
@@ -118,6 +124,10 @@ class KVPlan:
     def hidden(self, layer: int, slots: torch.Tensor) -> torch.Tensor | None:
         """Hidden states ``[len(slots), hidden]`` before ``layer`` of slots that become active there."""
         return None
+
+    def states(self, layer: int, slots: torch.Tensor, h: torch.Tensor) -> None:
+        """Hidden states ``h [len(slots), hidden]`` before ``layer`` (1 or above) of its active slots, to
+        copy: the engine goes on in that memory."""
 
     def low_rank(self, layer: int) -> LowRank | None:
         """The low-rank part of this layer's values; None for none."""

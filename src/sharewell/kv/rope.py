@@ -62,24 +62,45 @@ def rope_of(model: Any) -> RopeSpec:
     return RopeSpec(rotary.inv_freq.detach().float(), kind=rotary.rope_type)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of n keys from their positions to others; ``cos, sin`` float64 ``[n, rotated / 2]``, None
+    where nothing moves."""
+
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    interleaved: bool = False
+
+    def __call__(self, k: torch.Tensor) -> torch.Tensor:
+        """``k [n, kv_heads, head_dim]`` rotated, in float32 (float64 for float64 keys); k's dtype is kept."""
+        if self.cos is None or self.sin is None:
+            return k
+        exact = torch.promote_types(k.dtype, torch.float32)
+        cos, sin = self.cos.to(k.device, exact)[:, None], self.sin.to(k.device, exact)[:, None]
+        rotated = 2 * self.cos.shape[-1]
+        x = k[..., :rotated].to(exact)
+        if self.interleaved:
+            a, b = x[..., ::2], x[..., 1::2]
+            y = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        else:
+            a, b = x.chunk(2, -1)
+            y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        if rotated == k.shape[-1]:
+            return y.to(k.dtype)
+        return torch.cat([y.to(k.dtype), k[..., rotated:]], -1)
+
+
+def turn_between(from_positions: torch.Tensor, to_positions: torch.Tensor, rope: RopeSpec) -> Turn:
+    """The rotation that takes keys from ``from_positions`` to ``to_positions`` (int64 ``[n]``)."""
+    if not len(from_positions) or bool((from_positions == to_positions).all()):
+        return Turn(None, None)
+    turn = rope.angles(to_positions) - rope.angles(from_positions)
+    return Turn(turn.cos(), turn.sin(), rope.interleaved)
+
+
 def move_keys(
     k: torch.Tensor, from_positions: torch.Tensor, to_positions: torch.Tensor, rope: RopeSpec
 ) -> torch.Tensor:
     """Keys ``k [n, kv_heads, head_dim]`` rotated from ``from_positions`` to ``to_positions`` (int64 ``[n]``),
     in float32 (float64 for float64 keys); k's dtype is kept. Values need no move."""
-    if not len(k) or bool((from_positions == to_positions).all()):
-        return k
-    exact = torch.promote_types(k.dtype, torch.float32)
-    turn = rope.angles(to_positions) - rope.angles(from_positions)
-    cos, sin = turn.cos().to(k.device, exact)[:, None], turn.sin().to(k.device, exact)[:, None]
-    rotated = 2 * len(rope.inverse)
-    x = k[..., :rotated].to(exact)
-    if rope.interleaved:
-        a, b = x[..., ::2], x[..., 1::2]
-        y = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = x.chunk(2, -1)
-        y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    if rotated == k.shape[-1]:
-        return y.to(k.dtype)
-    return torch.cat([y.to(k.dtype), k[..., rotated:]], -1)
+    return turn_between(from_positions, to_positions, rope)(k)

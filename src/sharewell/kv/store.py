@@ -146,6 +146,15 @@ class KVSegmentStore:
             self._stats.evictions += 1
         return True
 
+    def shrink(self) -> bool:
+        """Evict the segment that is worth least per byte, for the memory; False when all are pinned."""
+        with self._lock:
+            loose = [e for e in self._entries.values() if not e.pins]
+            if loose:
+                self._remove(min(loose, key=self._worth))
+                self._stats.evictions += 1
+            return bool(loose)
+
     def _worth(self, entry: _Entry) -> tuple[float, int]:
         """Expected token-layers saved per byte: uses, halved every so many lookups; then the older goes."""
         age = self._stats.lookups - entry.at

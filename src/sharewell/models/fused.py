@@ -169,6 +169,14 @@ class FusedDecoder:
         )  # fmt: skip
         return hidden, space.logits_tensor[:wanted, : self.config.vocab_size]
 
+    def last_queries(self, rows: int) -> torch.Tensor:
+        """Copy float32 ``[rows, heads, head_dim]`` of the rotated queries of the last :meth:`run_layer`, of
+        ``rows`` tokens; the softmax scale is in them already."""
+        c = self.config
+        shape = c.n_kv_heads, rows, c.n_heads // c.n_kv_heads, c.head_dim
+        q = torch.from_numpy(self._space.q[: rows * c.n_heads * c.head_dim]).view(shape)
+        return q.transpose(0, 1).reshape(rows, c.n_heads, c.head_dim).clone()
+
     def _check(self, token_ids: np.ndarray, positions: np.ndarray) -> None:
         if not len(token_ids):
             return

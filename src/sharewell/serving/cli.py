@@ -75,6 +75,19 @@ def serve(
     share_scope: Annotated[
         str, typer.Option(help="Who shares them: key (requests of one API key) or all.")
     ] = "key",
+    relay: Annotated[
+        str, typer.Option(help="auto: prompts reuse earlier answers that they quote, approximately; off.")
+    ] = "off",
+    relay_sample: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of relayed requests that are computed in full too, when idle."
+        ),
+    ] = 0.05,
+    relay_fallback_kl: Annotated[
+        float | None,
+        typer.Option(help="Measured divergence in nats above which nothing is relayed any more."),
+    ] = None,
     cache: Annotated[
         str, typer.Option(help="Answer cache: exact (equal requests), semantic (other words too) or off.")
     ] = "exact",
@@ -85,6 +98,17 @@ def serve(
         bool, typer.Option(help="Also answer requests that ask for a fresh sample from the cache.")
     ] = False,
     cache_entries: Annotated[int, typer.Option(min=1, help="Most answers in the cache.")] = 100_000,
+    cache_recheck: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of answers to other words that are computed too, to compare."),
+    ] = 0.01,
+    cache_queue: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests in the engine above which the cache accepts less alike; default: --max-seqs.",
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER of a peft LoRA adapter; repeat for several.")
     ] = None,
@@ -159,6 +183,8 @@ def serve(
         adapters=adapters,
         max_adapters=max_adapters,
         deterministic=deterministic,
+        relay_sample=relay_sample,
+        relay_fallback_kl=relay_fallback_kl,
     )
     config = ServerConfig(
         engine=engine,
@@ -166,6 +192,7 @@ def serve(
         port=port,
         served_names=tuple(served_model_name or ()),
         share_scope=share_scope,
+        relay=relay,
         embedding_model=embedding_model,
         cors_origins=tuple(cors_origin or ()),
         state_path=state_path(state),
@@ -173,6 +200,8 @@ def serve(
         cache_path=None if cache == "off" else cache_file or state_path(state).with_name("answers.sqlite3"),
         cache_sampled=cache_sampled,
         cache_entries=cache_entries,
+        cache_recheck=cache_recheck,
+        cache_queue=cache_queue,
         audit_token=os.environ.get("SHAREWELL_AUDIT_TOKEN") or None,
         max_body_bytes=_bytes(max_body, "--max-body"),
         max_connections=max_connections,

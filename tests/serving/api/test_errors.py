@@ -91,7 +91,7 @@ def test_body_of_another_type_is_told_which_is_wanted(api: httpx.Client) -> None
         (CHAT, {"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
         (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        (CHAT, {"sharewell": {"relay": "auto"}}, "sharewell.relay"),
+        (CHAT, {"sharewell": {"relay": "always"}}, "sharewell.relay"),
         (TEXT, {"prompt": []}, "prompt"),
         (TEXT, {"prompt": [[]]}, "prompt"),
         (TEXT, {"prompt": [-1]}, "prompt.0"),

@@ -9,7 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from ... import __version__
 from ...simulation import Clock, WallClock
-from . import chat, completions, embeddings, responses, service_routes
+from . import chat, completions, embeddings, relay_routes, responses, service_routes
 from .config import ServerConfig
 from .errors import ErrorBody, install
 from .limits import Gate
@@ -57,7 +57,7 @@ def create_app(config: ServerConfig, clock: Clock | None = None) -> FastAPI:
     )
     app.state.service = service
     install(app)
-    for module in (chat, completions, responses, embeddings, service_routes):
+    for module in (chat, completions, responses, embeddings, relay_routes, service_routes):
         app.include_router(module.router)
     _describe(app)
     # The last that is added is the first that a request meets.

@@ -12,6 +12,7 @@ from ..core.messages import EngineRequest, TokenLogprob
 from .errors import ApiError
 from .keys import ApiKey
 from .prompts import chat_prompt
+from .relays import extension
 from .schemas import ChatRequest, refuse_unsupported
 from .service import Fields, Piece, Service, Usage, json_grammar, new_id, stop_list
 from .streaming import DONE, EITHER, event, stream, unless_gone
@@ -37,6 +38,7 @@ class Chat:
         self.syntax = syntax_of(service.template.source)
         forced = self.mode in ("required", "named")
         named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        self.sharing = service.relays.wish(body.sharewell, key)
         self.fields = Fields("messages", "tools" if forced else "response_format", named)
         self._parsers: dict[int, ToolCallParser] = {}
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -54,7 +56,7 @@ class Chat:
         tools = body.tools or []
         shown = tools if self.mode != "none" else []
         text = chat_prompt(service.template, body.messages, shown, body.chat_template_kwargs)
-        prompt = await service.encode(text, "messages")
+        prompt = await service.encode_quoting(text, "messages", self.sharing, self.key)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         grammar = constraint(tools, self.mode, self.tool)
         if grammar is None and (format := body.response_format) is not None:
@@ -64,7 +66,7 @@ class Chat:
         sampling = service.sampling(body, len(prompt), asked, self.fields, grammar=grammar, logprobs=scored)
         return service.request(
             self.id, prompt, sampling, self.key, self.fields,
-            n=body.n or 1, adapter=self.adapter, priority=body.priority,
+            n=body.n or 1, adapter=self.adapter, priority=body.priority, sharing=self.sharing,
         )  # fmt: skip
 
     def _pieces(self, request: EngineRequest) -> AsyncGenerator[Piece]:
@@ -144,7 +146,8 @@ class Chat:
             if piece.finish_reason is not None:
                 yield chunk(piece.index, {}, self._reason(piece))
         if with_usage:
-            yield event({**common, "choices": [], "usage": self.usage.body()})
+            more = extension(self.usage.sharing)
+            yield event({**common, "choices": [], "usage": self.usage.body(), **more})
         yield DONE
 
     # Whole
@@ -189,6 +192,7 @@ class Chat:
             "model": self.body.model,
             "choices": choices,
             "usage": self.usage.body(),
+            **extension(self.usage.sharing),
         }
 
 

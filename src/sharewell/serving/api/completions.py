@@ -15,6 +15,7 @@ from .answers import Ask
 from .chat import LEAST_LOGPROB
 from .errors import ApiError
 from .keys import ApiKey
+from .relays import extension
 from .schemas import CompletionRequest, refuse_unsupported
 from .service import Fields, Piece, Service, Usage, json_grammar, new_id, stop_list
 from .streaming import DONE, EITHER, event, stream, unless_gone
@@ -48,6 +49,7 @@ class Completion:
         self.adapter = service.resolve(body.model)
         self._cache_control = cache_control
         self._asks: list[Ask] = []
+        self.sharing = service.relays.wish(body.sharewell, key)
         # A request that scores one given token reads the last of its scores as the token that came after: an
         # end token counts there as any other (lm-eval-harness drops that last one).
         self.scoring = bool(body.echo) and body.logprobs is not None and body.max_tokens == 1
@@ -69,7 +71,8 @@ class Completion:
     async def _prompt(self, number: int, prompt: str | list[int]) -> _Prompt:
         body, service = self.body, self.service
         if isinstance(prompt, str):
-            echo, ids = prompt, await service.encode(prompt, "prompt", special=True)
+            echo = prompt
+            ids = await service.encode_quoting(prompt, "prompt", self.sharing, self.key, special=True)
             if not ids:  # an empty text has no token to go on from
                 ids = list(service.engine.info.eos_token_ids[:1]) or [0]
         else:
@@ -94,7 +97,7 @@ class Completion:
         )  # fmt: skip
         request = service.request(
             f"{self.id}-{number}", ids, sampling, self.key, FIELDS,
-            n=body.n or 1, adapter=self.adapter, priority=body.priority,
+            n=body.n or 1, adapter=self.adapter, priority=body.priority, sharing=self.sharing,
         )  # fmt: skip
         # a text to go on from is no question: the exact tier only
         ask = service.answers.ask(body, self._cache_control, max_tokens=asked)
@@ -199,6 +202,7 @@ class Completion:
             "model": self.body.model,
             "choices": [choice for answer in answers for choice in answer],
             "usage": self._usage(prompts),
+            **extension(prompts[0].usage.sharing),
         }
 
     # Streamed
@@ -243,7 +247,8 @@ class Completion:
                 task.cancel()
             await asyncio.wait(tasks)
         if with_usage:
-            yield event({**common, "choices": [], "usage": self._usage(prompts)})
+            more = extension(prompts[0].usage.sharing)
+            yield event({**common, "choices": [], "usage": self._usage(prompts), **more})
         yield DONE
 
     def _chunk(self, prompt: _Prompt, piece: Piece, offsets: dict[int, int]) -> dict[str, Any]:

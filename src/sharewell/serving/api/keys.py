@@ -252,6 +252,11 @@ class StateStore:
         )
         return rows[0] if rows else None
 
+    def owns(self, request_id: str, key: ApiKey | None) -> bool:
+        """True when a request of that id was answered: to ``key``, or with None to anybody."""
+        sql = "SELECT key_id FROM usage WHERE request_id = ?"
+        return any(key is None or row[0] == key.id for row in self._run(sql, request_id))
+
     def store_response(self, response_id: str, key: ApiKey, body: str, messages: str) -> None:
         """Keep a response for ``previous_response_id``; the oldest beyond a bound are forgotten."""
         self._run(

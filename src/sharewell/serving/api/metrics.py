@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.messages import EngineStats
+from .relays import RelayCollector
 
 _TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -58,8 +59,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._engine = _EngineCollector()
+        self._engine, self._relays = _EngineCollector(), RelayCollector()
         self.registry.register(self._engine)
+        self.registry.register(self._relays)
 
         def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, about, buckets=buckets, registry=self.registry)
@@ -91,7 +93,7 @@ class Metrics:
 
     def exposition(self, stats: EngineStats) -> bytes:
         """The text that Prometheus scrapes."""
-        self._engine.stats = stats
+        self._engine.stats = self._relays.stats = stats
         return generate_latest(self.registry)
 
     def rates(self, now: float, stats: EngineStats) -> dict[str, float]:

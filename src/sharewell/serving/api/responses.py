@@ -13,6 +13,7 @@ from ...models import TemplateError
 from ..core.messages import EngineRequest
 from .errors import ApiError
 from .keys import ApiKey
+from .relays import extension
 from .schemas import Generation, ResponseFormatFlat, ResponseInput, ResponsesRequest, refuse_unsupported
 from .service import Fields, Piece, Service, Usage, json_grammar, new_id
 from .streaming import EITHER, event, stream, unless_gone
@@ -46,6 +47,7 @@ class Answer:
         self.created = int(service.clock.unix())
         self.usage = Usage()
         self.adapter = service.resolve(body.model)
+        self.sharing = service.relays.wish(body.sharewell, key)
         self.format = (body.text.format if body.text else None) or ResponseFormatFlat()
         self.history = [*self._earlier(), *input_messages(body.input)]
         last = self.history[-1]
@@ -76,15 +78,17 @@ class Answer:
         if body.instructions:
             messages = [{"role": "system", "content": body.instructions}, *messages]
         try:
-            prompt = await service.encode(service.template.render(messages), "input")
+            text = service.template.render(messages)
         except TemplateError as error:
             raise ApiError(400, str(error), param="input", code="invalid_messages") from None
+        prompt = await service.encode_quoting(text, "input", self.sharing, self.key)
         common = Generation(model=body.model, temperature=body.temperature, top_p=body.top_p, seed=body.seed)
         grammar = json_grammar(self.format.type, self.format.schema_, "text.format.schema")
         sampling = service.sampling(common, len(prompt), body.max_output_tokens, FIELDS, grammar=grammar)
         return service.request(
-            self.id, prompt, sampling, self.key, FIELDS, adapter=self.adapter, priority=body.priority
-        )
+            self.id, prompt, sampling, self.key, FIELDS, adapter=self.adapter, priority=body.priority,
+            sharing=self.sharing,
+        )  # fmt: skip
 
     def _pieces(self, request: EngineRequest) -> AsyncGenerator[Piece]:
         return self.service.generate(request, [], self.key, self.usage, FIELDS, ask=self.ask)
@@ -135,6 +139,7 @@ class Answer:
             "truncation": "disabled",
             "usage": usage,
             "user": body.user,
+            **extension(self.usage.sharing),
         }
 
     def _finished(self, text: str, reason: str | None) -> dict[str, Any]:

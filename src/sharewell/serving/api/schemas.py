@@ -139,10 +139,11 @@ Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 
 
 class Extensions(Body):
-    """``sharewell``: this server's own settings. What is not built in yet may only be switched off."""
+    """``sharewell``: this server's own settings. ``segments``: ids of answers whose tokens may be relayed."""
 
     cache: Literal["off", "exact", "semantic"] | None = None
-    relay: Literal["off"] | None = None
+    relay: Literal["off", "auto"] | None = None
+    segments: Annotated[list[Name], Field(max_length=64, fail_fast=True)] | None = None
 
 
 class Generation(Body):

@@ -9,9 +9,9 @@ import hashlib
 import logging
 import secrets
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +26,14 @@ from .config import ServerConfig
 from .errors import ApiError, from_engine, from_failure
 from .keys import ApiKey, StateStore
 from .metrics import Metrics
+from .relays import Relays, Sharing
 from .schemas import Generation
 from .text import StopScanner
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 ENGINE_ERRORS = (QueueFull, Refused, Draining, EngineFailed)
+LOWEST_PRIORITY = 2**31 - 1
 LONG_TEXT = 4096  # characters; longer ones are tokenised off the event loop
 MOST_CHARACTERS_A_TOKEN = 64  # of a text that is tokenised at all; ordinary texts have three to five
 
@@ -43,11 +45,13 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    sharing: Mapping[str, Any] | None = None  # what relaying did, for requests that opted in
 
     def add(self, other: Usage) -> None:
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.cached_tokens += other.cached_tokens
+        self.sharing = self.sharing or other.sharing
 
     def body(self) -> dict[str, Any]:
         """OpenAI's form."""
@@ -89,6 +93,8 @@ class _Choice:
     first_at: float | None = None
     last_at: float | None = None
     reason: str | None = None
+    said: str = ""  # of requests that relay
+    token_ids: list[int] = field(default_factory=list)
 
     def take(self, output: TokenOutput) -> str:
         """The text that ``output`` makes certain; sets ``reason`` at the end."""
@@ -115,6 +121,7 @@ class Service:
         self.template = ChatTemplate(self.folder)
         self.store = StateStore(config.state_path, clock)
         self.metrics = Metrics()
+        self.relays = Relays(config, self.tokenizer, self.store)
         identity = model_identity(self.folder, config)
         self.answers = Answers(config, clock, identity, lambda: load_embedder(config.embedding_model, 1))
         self.metrics.registry.register(self.answers.collector())
@@ -132,10 +139,14 @@ class Service:
         self.engine = await AsyncEngine.start(
             self.config.engine, recover_timeout_s=self.config.recover_timeout_s, clock=self.clock
         )
+        if self.answers.cache is not None:
+            self.answers.upkeep.watch(self.engine.stats, self.config.cache_queue or self.engine.info.max_seqs)
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Wait for what is under way, stop the engine and close the state file."""
         self.draining = True
+        if self.answers.cache is not None:
+            await self.answers.upkeep.rest()
         await self.engine.drain(drain_timeout_s)
         await self.engine.close()
         self._embedding.shutdown(cancel_futures=True)
@@ -211,6 +222,21 @@ class Service:
             return self.tokenizer.encode(text, special)
         return await asyncio.to_thread(self.tokenizer.encode, text, special)
 
+    async def encode_quoting(
+        self, text: str, param: str, sharing: Sharing | None, key: ApiKey, *, special: bool = False
+    ) -> list[int]:
+        """:meth:`encode`; where a request that relays quotes earlier answers, those have the ids they were
+        decoded as."""
+        if sharing is None:
+            return await self.encode(text, param, special=special)
+        ids: list[int] = []
+        for piece in self.relays.weave(text, sharing, key):
+            if isinstance(piece, str):
+                ids += await self.encode(piece, param, special=special and not ids)
+            else:
+                ids += piece
+        return ids
+
     async def with_embedder(self, work: Callable[[Embedder], T]) -> T:
         """``work`` on the embedding model, off the event loop; the model is loaded at first use."""
 
@@ -258,6 +284,7 @@ class Service:
     def request(
         self, request_id: str, prompt: Sequence[int], sampling: SamplingParams, key: ApiKey,
         fields: Fields, *, n: int = 1, adapter: str | None = None, priority: int = 0,
+        sharing: Sharing | None = None,
     ) -> EngineRequest:  # fmt: skip
         """An engine request whose shared prefixes stay within the key unless the operator widened
         ``share_scope``. Raises ApiError 400 for a prompt of no tokens or too many."""
@@ -274,8 +301,9 @@ class Service:
             )
         salt = "" if self.config.share_scope == "all" else key_salt(key)
         return EngineRequest(
-            request_id, tuple(prompt), sampling, n, adapter, priority, salt, arrival_s=self.clock.monotonic()
-        )
+            request_id, tuple(prompt), sampling, n, adapter, priority, salt, arrival_s=self.clock.monotonic(),
+            sharing=None if sharing is None else sharing.wire(),
+        )  # fmt: skip
 
     async def generate(
         self, request: EngineRequest, stops: Sequence[str], key: ApiKey, usage: Usage, fields: Fields, *,
@@ -290,26 +318,38 @@ class Service:
         def compute() -> AsyncGenerator[Piece]:
             return self._compute(request, stops, key, usage, fields, keep_special=keep_special)
 
+        def again() -> AsyncGenerator[Piece]:
+            """The same once more when nobody else wants the engine, and on nobody's bill."""
+            later = dataclasses.replace(
+                request,
+                request_id=new_id("recheck"),
+                priority=LOWEST_PRIORITY,
+                arrival_s=self.clock.monotonic(),
+            )
+            return self._compute(later, stops, key, Usage(), fields, keep_special=keep_special, counts=False)
+
         if ask is None or ask.mode == "off":
             self.answers.bypassed += 1
             pieces = compute()
         else:
-            pieces = self.answers.through(request, stops, keep_special, key, ask, usage, compute)
+            pieces = self.answers.through(request, stops, keep_special, key, ask, usage, compute, again)
         told = False
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if hit := not told and ask is not None and ask.note.status == "hit":
                     self._record(request, key, usage)  # what the engine computes it records itself
+                    self.relays.alias(request.request_id, ask.note.source, key)  # pyright: ignore[reportOptionalMemberAccess]
                 told = told or hit
                 yield piece
 
     async def _compute(
         self, request: EngineRequest, stops: Sequence[str], key: ApiKey, usage: Usage, fields: Fields, *,
-        keep_special: bool,
+        keep_special: bool, counts: bool = True,
     ) -> AsyncGenerator[Piece]:  # fmt: skip
         """The answer's pieces as the engine makes them.
 
-        ``usage`` is kept current, and is in the ledger before the last piece. Raises ApiError: before the
+        ``usage`` is kept current, and is in the ledger before the last piece, unless it does not count (then
+        no latency is recorded either). Raises ApiError: before the
         first piece when the engine refuses, later when it fails.
         """
         tail = request.prompt_ids[-4:]
@@ -320,7 +360,8 @@ class Service:
         left = set(range(request.n))
         usage.prompt_tokens += len(request.prompt_ids)
         begun = False
-        self._record(request, key, usage)
+        if counts:
+            self._record(request, key, usage)
         try:
             # The engine's iterator cancels the request when it is left early.
             async with contextlib.aclosing(self.engine.submit(request)) as outputs:  # pyright: ignore[reportArgumentType]
@@ -330,7 +371,10 @@ class Service:
                         continue  # stopped by its text; what came meanwhile is not wanted
                     if not begun:
                         usage.cached_tokens += output.cached_tokens
-                    if output.token_ids:
+                    if output.sharing is not None and counts and usage.sharing is None:
+                        usage.sharing = output.sharing
+                        self.relays.explain(request.request_id, key, request.prompt_ids, output.sharing)
+                    if output.token_ids and counts:
                         self._time(request, choice, first=not begun)
                     begun = True
                     usage.completion_tokens += len(output.token_ids)
@@ -338,12 +382,18 @@ class Service:
                         log.warning("request %s failed: %s", request.request_id, output.error)
                         raise from_failure(output.error)
                     text = choice.take(output)
+                    if request.sharing is not None and counts:
+                        choice.said += text
+                        choice.token_ids += output.token_ids
+                        if choice.reason is not None:
+                            self._keep(request, key, choice)
                     if choice.reason is not None:
                         if output.finish_reason is None:  # a stop string, which the engine knows nothing of
                             self.engine.cancel_choice(request.request_id, output.index)
                         left.discard(output.index)
-                        self._time_whole(choice)
-                        if not left:
+                        if counts:
+                            self._time_whole(choice)
+                        if not left and counts:
                             self._record(request, key, usage)
                     if text or output.logprobs or choice.reason or output.prompt_logprobs is not None:
                         yield Piece(
@@ -354,7 +404,9 @@ class Service:
         except ENGINE_ERRORS as error:
             raise from_engine(error, prompt=fields.prompt, grammar=fields.grammar) from None
         finally:
-            if left and begun:  # the client went away or the engine failed: what was computed still counts
+            if not counts:
+                pass
+            elif left and begun:  # the client went away or the engine failed: what was computed still counts
                 self._record(request, key, usage)
             elif left:
                 self.store.forget(request.request_id, key)
@@ -363,6 +415,11 @@ class Service:
         self.store.record(
             request.request_id, key, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
         )
+
+    def _keep(self, request: EngineRequest, key: ApiKey, choice: _Choice) -> None:
+        name = request.request_id
+        response = name.rpartition("-")[0] if name.startswith("cmpl-") else name  # one of several prompts
+        self.relays.keep(response, name, key, choice.said, choice.token_ids)
 
     def _time(self, request: EngineRequest, choice: _Choice, *, first: bool) -> None:
         now = self.clock.monotonic()
@@ -385,7 +442,7 @@ class Service:
         stats = await self.engine.stats()
         now = self.clock.monotonic()
         return {
-            "engine": dataclasses.asdict(stats),
+            "engine": {k: v for k, v in dataclasses.asdict(stats).items() if k != "relay_recent"},
             "info": dataclasses.asdict(self.engine.info),
             "rates": self.metrics.rates(now, stats),
             "latency": self.metrics.latency(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EngineConfig
-    from .engine import EngineCore, QueueFull, Refused
+    from .engine import EngineCore, Planner, QueueFull, Refused
     from .host import Built, build
     from .messages import (
         EngineInfo,
@@ -32,6 +32,7 @@ _HOME = {
     "EngineRequest": "messages",
     "EngineStats": "messages",
     "GrammarSpec": "messages",
+    "Planner": "engine",
     "QueueFull": "engine",
     "Refused": "engine",
     "Runner": "runner",

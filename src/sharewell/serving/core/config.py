@@ -38,6 +38,9 @@ class EngineConfig:
     max_lora_rank: int = 64
     threads: int | None = None
     deterministic: bool = False
+    relay_share: float = 0.25  # of the pages that answers of requests with relay may pin
+    relay_sample: float = 0.05  # of relayed requests that are computed in full as well, when idle
+    relay_fallback_kl: float | None = None  # measured divergence (nats) above which nothing is relayed
     forced_preemption_every: int = 0  # testing: preempt one running sequence every so many steps, 0 never
 
     def __post_init__(self) -> None:
@@ -68,4 +71,8 @@ class EngineConfig:
         check(self.max_waiting >= 0, "max_waiting", "at least 0")
         check(self.max_adapters >= 0, "max_adapters", "at least 0")
         check(1 <= self.max_lora_rank <= 512, "max_lora_rank", "in [1, 512]")
+        check(0 < self.relay_share < 1, "relay_share", "in (0, 1)")
+        check(0 <= self.relay_sample <= 1, "relay_sample", "in [0, 1]")
+        bound = self.relay_fallback_kl
+        check(bound is None or bound > 0, "relay_fallback_kl", "None or positive")
         check(self.threads is None or self.threads >= 1, "threads", "None or at least 1")

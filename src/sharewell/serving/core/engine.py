@@ -9,9 +9,9 @@ import hashlib
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,20 +31,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Planner(Protocol):
+class Planner:
     """Gives requests that opt in (``EngineRequest.sharing``) a plan for their prompt's keys and values.
 
     Called in the engine's thread; what it raises is the engine's failure."""
 
+    has_idle_work = False
+
     def plan(self, sequence: Sequence) -> KVPlan | None:
         """The plan of a choice that was just submitted; None: compute it as usual. ``begin`` of the plan sees
         which tokens are left when shared prefixes are taken off, each time the prompt is computed."""
-        ...
 
     def leaving(self, sequence: Sequence) -> None:
         """A choice ends (finished or cancelled): its tokens are final, ``computed`` of them are in its pages,
         which are freed behind this call unless the planner forks them."""
-        ...
+
+    def report(self, sequence: Sequence) -> Mapping[str, Any] | None:
+        """What goes out with a choice's first output: how its prompt was computed."""
+
+    def idle_step(self) -> None:
+        """A short piece of the work that waits until no sequence does (``has_idle_work``)."""
+
+    def stats(self) -> Mapping[str, Any]:
+        """Fields of EngineStats that are this planner's."""
+        return {}
 
 
 class QueueFull(RuntimeError):
@@ -319,7 +329,9 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True when a step would do something."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self._outputs)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._outputs) or (
+            self.planner is not None and self.planner.has_idle_work
+        )
 
     # Steps
 
@@ -347,6 +359,8 @@ class EngineCore:
                 self._prefill_tokens = 0.9 * self._prefill_tokens + new
             self._commit(plan, sampled, logits)
             self._counters["steps"] += 1
+        elif self.planner is not None and self.planner.has_idle_work and not self.scheduler.waiting:
+            self.planner.idle_step()
         outputs, self._outputs = self._outputs, []
         self._step_s += self._monotonic() - started
         return outputs
@@ -553,9 +567,11 @@ class EngineCore:
 
     def _put(self, sequence: Sequence, tokens: tuple[int, ...], scored: tuple = (), **ending: object) -> None:
         first = sequence.emitted_nothing
-        prompt_logprobs = None
+        prompt_logprobs = sharing = None
         cached = 0
         if first:
+            if sequence.request.sharing is not None and self.planner is not None:
+                sharing = self.planner.report(sequence)
             sequence.emitted_nothing = False
             cached = max(0, sequence.cached_tokens)
             if sequence.index == 0:
@@ -570,6 +586,7 @@ class EngineCore:
                 scored,
                 cached_tokens=cached,
                 prompt_logprobs=prompt_logprobs,
+                sharing=sharing,
                 **ending,  # pyright: ignore[reportArgumentType]
             )
         )
@@ -586,11 +603,11 @@ class EngineCore:
     ) -> None:
         tokens = () if token is None else (token,)
         self._promote_followers(sequence)
-        self._leave(sequence)
         self._deadlines -= sequence.request.deadline_s is not None
         self._put(
             sequence, tokens, scored or (), finish_reason=reason, stop_token_id=stop_token_id, error=error
         )
+        self._leave(sequence)  # behind its last word: the planner reports with the first one
         if sequence.status in (Status.RUNNING, Status.WAITING) and (
             sequence in self.scheduler.running or sequence in self.scheduler.waiting
         ):
@@ -629,6 +646,7 @@ class EngineCore:
             prefill_s_per_token=self._prefill_s / self._prefill_tokens if self._prefill_tokens else 0.0,
             adapters=tuple(sorted(self.adapters.known)),
             **self._counters,
+            **(self.planner.stats() if self.planner is not None else {}),
         )
 
 

@@ -41,6 +41,7 @@ from .messages import EngineInfo, EngineRequest, SamplingParams, TokenLogprob, T
 
 if TYPE_CHECKING:
     from ...models import LoraAdapter
+    from .paged_runner import PagedRunner
 
 SUBMIT, CANCEL, ADAPTER, STATS, CLOSE, READY, FAILED, OUTPUTS, REFUSED = range(9)
 MAX_FRAME = 64 << 20
@@ -82,12 +83,14 @@ def output_row(output: TokenOutput) -> list[Any]:
     row: list[Any] = [output.request_id, output.index, output.token_ids]
     rare = (
         output.finish_reason or output.logprobs or output.cached_tokens or output.prompt_logprobs is not None
-    )
+        or output.sharing is not None
+    )  # fmt: skip
     if rare:
         row += [
             output.finish_reason, output.cached_tokens, output.stop_token_id, output.error,
             [_score_row(s) for s in output.logprobs],
             None if output.prompt_logprobs is None else [s and _score_row(s) for s in output.prompt_logprobs],
+            output.sharing,
         ]  # fmt: skip
     return row
 
@@ -104,10 +107,10 @@ def output_of(row: list[Any]) -> TokenOutput:
     """Inverse of :func:`output_row`."""
     if len(row) == 3:
         return TokenOutput(row[0], row[1], tuple(row[2]))
-    request_id, index, tokens, reason, cached, stop, error, logprobs, prompt = row
+    request_id, index, tokens, reason, cached, stop, error, logprobs, prompt, sharing = row
     return TokenOutput(
         request_id, index, tuple(tokens), tuple(map(_score_of, logprobs)), reason, stop, error, cached,
-        None if prompt is None else tuple(s and _score_of(s) for s in prompt),
+        None if prompt is None else tuple(s and _score_of(s) for s in prompt), sharing,
     )  # fmt: skip
 
 
@@ -152,7 +155,20 @@ def build(config: EngineConfig) -> Built:
     for name, path in config.adapters.items():
         core.load_adapter(name, read_adapter(name, path))
     _warm(core)
+    _plan_relays(core, runner, config)
     return Built(core, read_adapter)
+
+
+def _plan_relays(core: EngineCore, runner: PagedRunner, config: EngineConfig) -> None:
+    """Let requests that opt in relay, where the model's keys can be moved."""
+    from ...kv import UnsupportedModel
+    from .relaying import RelayPlanner, RelaySettings
+
+    settings = RelaySettings(config.relay_share, config.relay_sample, config.relay_fallback_kl)
+    try:
+        core.planner = RelayPlanner(core, runner.forward, settings)
+    except UnsupportedModel as error:
+        log.info("requests cannot relay: %s", error)
 
 
 def _warm(core: EngineCore) -> None:

@@ -149,6 +149,7 @@ class TokenOutput:
     )
     cached_tokens: int = 0  # prompt tokens not computed because they were shared; on the first output
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # on the first output when asked for
+    sharing: Mapping[str, Any] | None = None  # on the first output: what the planner did with the prompt
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,20 @@ class EngineStats:
     planned_prompts: int = 0  # prompts whose keys and values followed a plan
     planned_token_layers: int = 0  # of their (token, layer) pairs, those that were computed
     reused_token_layers: int = 0  # and those that were not
+    relayed_prompts: int = 0  # prompts in which tokens of earlier answers were reused
+    relayed_tokens: int = 0  # such tokens
+    relay_recomputed_tokens: int = 0  # tokens of earlier answers that were computed anew in part
+    relay_declined: int = 0  # plans given up for full computation
+    relay_missing: int = 0  # segments evicted between lookup and use
+    relay_damaged: int = 0  # segments dropped for NaN or infinite values
+    relay_fallbacks: int = 0  # requests that the guard kept from relaying
+    relay_evictions: int = 0
+    relay_segments: int = 0
+    relay_segment_bytes: int = 0
+    relay_samples: int = 0  # relayed requests that were computed in full as well
+    relay_kl_sum: float = 0.0  # their divergences (nats) together
+    relay_fallen_back: bool = False
+    relay_recent: tuple[tuple[str, float], ...] = ()  # request, measured divergence
 
 
 @dataclass(frozen=True)

@@ -242,9 +242,11 @@ class AsyncEngine:
         if live is None or output.index not in live.unfinished:
             return
         live.emitted[output.index] += output.token_ids
-        if output.index in live.begun and (output.cached_tokens or output.prompt_logprobs is not None):
+        if output.index in live.begun and (
+            output.cached_tokens or output.prompt_logprobs is not None or output.sharing is not None
+        ):
             output = dataclasses.replace(
-                output, cached_tokens=0, prompt_logprobs=None
+                output, cached_tokens=0, prompt_logprobs=None, sharing=None
             )  # a resumed one reported before
         live.begun.add(output.index)
         if output.finish_reason is not None:
@@ -418,7 +420,10 @@ class AsyncEngine:
         """The last snapshot with the counters of earlier processes added."""
         counters = (
             "prompt_tokens", "computed_prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps",
-            "preemptions", "step_s", "forward_s",
+            "preemptions", "step_s", "forward_s", "planned_prompts", "planned_token_layers",
+            "reused_token_layers", "relayed_prompts", "relayed_tokens", "relay_recomputed_tokens",
+            "relay_declined", "relay_missing", "relay_damaged", "relay_fallbacks", "relay_evictions",
+            "relay_samples", "relay_kl_sum",
         )  # fmt: skip
         sums = {n: getattr(self._before_restart, n) + getattr(self._last_stats, n) for n in counters}
         competing = self._competition.cores if self._competition else 0.0

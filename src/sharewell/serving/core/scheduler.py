@@ -39,6 +39,8 @@ class Scheduler:
         self.copies: list[tuple[int, int]] = []
         self.preemptions = 0
         self.on_row_free: Callable[[Sequence], None] = lambda sequence: None
+        # Gives pages back that no sequence uses (pinned segments); False when there are none.
+        self.relieve: Callable[[], bool] = lambda: False
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -98,6 +100,8 @@ class Scheduler:
                     self.copies += blocks.append(sequence.id, needed)
                 return True
             except OutOfBlocks:
+                if self.relieve():
+                    continue
                 victim = max(self.running, key=lambda s: s.key)
                 self.preempt(victim)
                 planned.pop(victim.id, None)
@@ -121,6 +125,8 @@ class Scheduler:
                 got = self.blocks.allocate(sequence.id, len(sequence.tokens), prefix, sequence.tokens)
             except OutOfBlocks:
                 self.adapters.release(slot)
+                if self.relieve():
+                    continue
                 if not self._make_way(sequence, planned):
                     return
                 continue
@@ -171,7 +177,10 @@ class Scheduler:
         if full == sequence.published or not self.blocks.prefix_sharing:
             return
         if sequence.kv_plan is not None:
-            return  # keys and values of a plan may be approximate: nobody else may take them for exact
+            # keys and values of a plan may be approximate: nobody else may take those for exact
+            full = min(full, sequence.kv_plan.exact_tokens // size)
+            if full <= sequence.published:
+                return
         self._extend_hashes(sequence)
         for i in range(sequence.published, full):
             self.blocks.publish(

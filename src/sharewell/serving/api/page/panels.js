@@ -96,6 +96,10 @@ export class Panels {
     put("saved-tokens", count(saved.tokens));
     put("saved-seconds", duration(saved.seconds));
     put("hit-rate", percent(hit(cached, computed)));
+    at("relayed-row").hidden = !engine.relayed_tokens;
+    put("relayed", count(engine.relayed_tokens));
+    at("relay-kl-row").hidden = !engine.relay_samples;
+    put("relay-kl", `${(engine.relay_kl_sum / Math.max(1, engine.relay_samples)).toPrecision(2)} nats${engine.relay_fallen_back ? ", held off" : ""}`);
     put("hit-recent", percent(hit(cached - cachedThen, computed - computedThen)));
     fill(at("hit-bar"), { shared: cached }, cached + computed);
     at("hit-bar").setAttribute("aria-label", `${count(cached)} of ${count(cached + computed)} prompt tokens were shared`);
