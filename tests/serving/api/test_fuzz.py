@@ -31,7 +31,7 @@ OPERATIONS = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/responses"),
     ("GET", "/v1/responses/{response_id}"), ("DELETE", "/v1/responses/{response_id}"),
     ("POST", "/v1/embeddings"),
-    ("GET", "/v1/models"), ("GET", "/v1/models/{model_id}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("GET", "/v1/models"), ("GET", "/v1/sharewell/explain/{request_id}"), ("GET", "/v1/models/{model_id}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
     ("GET", "/health"), ("GET", "/metrics"), ("GET", "/stats"),
 ]  # fmt: skip
 
