@@ -30,8 +30,8 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 OPERATIONS = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/responses"),
     ("GET", "/v1/responses/{response_id}"), ("DELETE", "/v1/responses/{response_id}"),
-    ("POST", "/v1/embeddings"),
-    ("GET", "/v1/models"), ("GET", "/v1/sharewell/explain/{request_id}"), ("GET", "/v1/models/{model_id}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("POST", "/v1/embeddings"), ("GET", "/v1/sharewell/explain/{request_id}"),
+    ("GET", "/v1/models"), ("GET", "/v1/models/{model_id}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
     ("GET", "/health"), ("GET", "/metrics"), ("GET", "/stats"),
 ]  # fmt: skip
 
