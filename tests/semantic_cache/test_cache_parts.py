@@ -108,6 +108,17 @@ def test_a_name_that_most_questions_have_is_taken_as_read_but_no_other_in_its_pl
         SlotVerifier(customary=0)
 
 
+def test_names_are_counted_for_the_partitions_used_last(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sharewell.semantic_cache.slots.MOST_PARTITIONS", 3)
+    verifier = SlotVerifier()
+    for category in ("a", "b", "c"):
+        seen(verifier, [f"How do I do thing {i} in Python?" for i in range(100)], category)
+    seen(verifier, ["once more"], "a")
+    seen(verifier, ["a new one"], "d")  # b has to go: it was used longest ago
+    kept = [c for c in "abcd" if verifier.taken_as_read("p", c)]
+    assert kept == ["a", "c"]
+
+
 @given(st.text(max_size=80))
 def test_a_text_agrees_with_itself(text: str):
     assert disagreement(text, text) == ""

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .change import PageHinkley
     from .ledger import FeedbackError, Ledger, LedgerInUse
-    from .linear import Decision, Estimate, LinearPolicy, LinTS, LinUCB
+    from .linear import Estimate, LinearPolicy, LinTS, LinUCB
+    from .state import Decision
     from .statistics import RidgeStats
     from .widths import Constant, Radius, Width
 
 _HOME = {
     "Constant": "widths",
-    "Decision": "linear",
+    "Decision": "state",
     "Estimate": "linear",
     "FeedbackError": "ledger",
     "Ledger": "ledger",

@@ -47,11 +47,6 @@ class ChangeDetectors:
     def __init__(self, config: PageHinkley, n: int) -> None:
         self.config, self.state = config, np.zeros((n, 4))
 
-    def grown(self, n: int) -> ChangeDetectors:
-        new = ChangeDetectors(self.config, n)
-        new.state[: len(self.state)] = self.state
-        return new
-
     def observe(self, m: int, residual: float) -> bool:
         """Whether this residual raises the alarm of model ``m``, whose test then begins anew."""
         seen, scale, total, low = (float(v) for v in self.state[m])

@@ -6,24 +6,21 @@ import math
 
 import numpy as np
 
-from .ridge import Read, factor
-from .statistics import RidgeStats
+from .ridge import Read, Sums, factor
 
 
-class HybridModels:
+class HybridModels(Sums):
     """Row of arm k: [z, x] with ``shared`` features z and own features x; mean = z.beta + x.theta_k.
 
     Equal to one ridge regression over (beta, theta_1, ..., theta_n), by its Schur complement: a row costs a
     factorization of the own block and of the shared one, never of the whole.
     """
 
-    ARRAYS = ("gram", "moment", "count", "square", "inverse", "cross", "own", "blocks", "base", "beta")
+    ARRAYS = (*Sums.ARRAYS, "inverse", "cross", "own", "blocks", "base", "beta")
 
     def __init__(self, n: int, dim: int, shared: int, lam: float) -> None:
+        super().__init__(n, shared + dim)
         self.n, self.dim, self.shared, self.lam = n, dim, shared, lam
-        width = shared + dim
-        self.gram, self.moment = np.zeros((n, width, width)), np.zeros((n, width))
-        self.count, self.square = np.zeros(n), np.zeros(n)
         self.inverse = np.repeat(np.eye(dim)[None] / lam, n, axis=0)  # of an arm's own block
         self.cross = np.zeros((n, dim, shared))  # inverse times the block that couples own and shared
         self.own = np.zeros((n, dim))  # inverse times the own moment
@@ -42,16 +39,8 @@ class HybridModels:
         """Own coefficients [n, dim]."""
         return self.own - self.cross @ self.beta
 
-    def grown(self, n: int) -> HybridModels:
-        new = type(self)(n, self.dim, self.shared, self.lam)
-        for name in self.ARRAYS[:-2]:
-            getattr(new, name)[: self.n] = getattr(self, name)
-        new._join()
-        return new
-
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        for name in self.ARRAYS:
-            getattr(self, name)[...] = arrays[name]
+        super().restore(arrays)
         schur = -float(np.linalg.slogdet(self.base)[1])
         self._logdet = float(self.blocks.sum()) + schur
 
@@ -82,19 +71,6 @@ class HybridModels:
         self.moment[m] += X.T @ (w * y)
         self.count[m] += w.sum()
         self.square[m] += w @ (y * y)
-        self.refactor(m)
-
-    def decay(self, m: int, keep: float) -> None:
-        for array in (self.gram, self.moment, self.count, self.square):
-            array[m] *= keep
-        self.refactor(m)
-
-    def stats(self, m: int) -> RidgeStats:
-        return RidgeStats(self.gram[m], self.moment[m], float(self.count[m]), float(self.square[m]))
-
-    def replace(self, m: int, stats: RidgeStats) -> None:
-        self.gram[m], self.moment[m] = stats.gram, stats.moment
-        self.count[m], self.square[m] = stats.count, stats.square
         self.refactor(m)
 
     def refactor(self, m: int) -> None:

@@ -6,24 +6,20 @@ import json
 import math
 import os
 import threading
-from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
-from .change import ChangeDetectors, PageHinkley
-from .hybrid import HybridModels
+from .change import PageHinkley
 from .ledger import Event, FeedbackError, Ledger
-from .ridge import Read, RidgeModels
+from .ridge import Read
 from .snapshots import read_snapshot, write_snapshot
+from .state import Decision, Kind, PolicyState
 from .statistics import RidgeStats, checked_rows
 from .widths import Constant, Width
 
-Kind = Literal["disjoint", "shared", "hybrid"]
-_REMEMBERED = 100_000  # ends of decisions that are kept in memory
 _RETRIES = 3
 
 
@@ -48,31 +44,7 @@ class Estimate:
         return self.mean - self.bonus
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What was chosen for which row ``x``, with which probability, by which version of the statistics."""
-
-    id: str
-    arm: int
-    x: np.ndarray
-    mean: float
-    propensity: float
-    version: int
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A decision without its end. ``step``: how often its model had been decayed when it was made."""
-
-    decision: Decision
-    step: int
-    unix_s: float
-    in_window: bool = True
-    partial: float = 0.0
-    parts: set[str] = field(default_factory=set)
-
-
-class LinearPolicy:
+class LinearPolicy(PolicyState):
     """A linear contextual bandit; :class:`LinUCB` and :class:`LinTS` say how it scores.
 
     ``kind`` says what X is, for one request: ``disjoint`` [dim], every arm has its own coefficients;
@@ -128,25 +100,11 @@ class LinearPolicy:
             reward_limit,
         )
         check(type(seed) is int and seed >= 0, "seed", "a whole number of at least 0", seed)
-        self.n_arms, self.dim, self.kind, self.lam, self.forget = n_arms, dim, kind, lam, forget
-        self.shared_dim, self.window, self.epsilon, self.seed = shared_dim, window, epsilon, seed
+        self.epsilon, self.seed = epsilon, seed
         self.width: Width = Constant() if width is None else width
-        self.reward_limit, self.change, self.ledger = reward_limit, change, ledger
-        self.row_dim = shared_dim + dim
-        self.counters: Counter[str] = Counter()  # settled, repeated, expired, changes
-        models = 1 if kind == "shared" else n_arms
-        if kind == "hybrid":
-            self._models: Any = HybridModels(n_arms, dim, shared_dim, lam)
-        else:
-            self._models = RidgeModels(models, dim, lam, refactor_every)
-        self._decays = np.zeros(models, dtype=np.int64)
-        self._detectors = None if change is None else ChangeDetectors(change, models)
-        self._rows: list[deque[list[Any]]] = [deque() for _ in range(models)]  # [x, weight, y or None, id]
-        self._waiting: dict[str, Waiting] = {}
-        self._ended: OrderedDict[str, str] = OrderedDict()
+        self.reward_limit, self.ledger = reward_limit, ledger
+        super().__init__(n_arms, dim, kind, shared_dim, lam, forget, refactor_every, window, change)
         self._lock = threading.RLock()
-        self._version = 0  # odd while a writer is at work
-        self._choices = 0
         # What a replay depends on: a ledger or snapshot of other settings is refused.
         self._settings = json.dumps(
             {
@@ -171,11 +129,6 @@ class LinearPolicy:
         return write_snapshot(self, path)
 
     # Reading
-
-    @property
-    def version(self) -> int:
-        """Number of changes so far."""
-        return self._version // 2
 
     @property
     def waiting(self) -> int:
@@ -207,12 +160,6 @@ class LinearPolicy:
             version = self._version
             found, logdet = self._read(X, covariance), self._models.logdet.copy()
         return self._finish(found, logdet, version), found.covariance
-
-    def _read(self, X: np.ndarray, covariance: bool) -> Read:
-        models = self._models
-        if self.kind == "disjoint":
-            return models.read_each(X)
-        return models.read_one(X, covariance) if self.kind == "shared" else models.read(X, covariance)
 
     def _finish(self, found: Read, logdet: np.ndarray, version: int) -> Estimate:
         width = np.sqrt(np.maximum(found.variance, 0.0))
@@ -406,133 +353,11 @@ class LinearPolicy:
         if stats.dim != self.row_dim:
             raise ValueError(f"stats must have dim {self.row_dim}, got {stats.dim}")
 
-    def _model(self, arm: int) -> int:
-        if not (isinstance(arm, int | np.integer) and 0 <= arm < self.n_arms):
-            raise ValueError(f"arm must be in [0, {self.n_arms - 1}], got {arm!r}")
-        return 0 if self.kind == "shared" else int(arm)
-
-    # Changing: journal first, then the arrays; a replay calls _apply alone
-
     def _record(self, events: list[Event]) -> None:
         if self.ledger is not None:
             self.ledger.append(events)
         for event in events:
             self._apply(event)
-
-    def _apply(self, event: Event) -> None:
-        self._version += 1
-        try:
-            getattr(self, f"_do_{event.kind}")(event)
-        finally:
-            self._version += 1
-
-    def _do_select(self, event: Event) -> None:
-        m, x = self._model(event.arm), event.rows(self.row_dim)[0]
-        self._choices += 1
-        decision = Decision(event.decision, event.arm, x, event.value, event.propensity, self.version)
-        self._enter(m, x, 1.0, None, event.decision)
-        self._waiting[event.decision] = Waiting(decision, int(self._decays[m]), event.unix_s)
-
-    def _enter(self, m: int, x: np.ndarray, weight: float, y: float | None, name: str) -> None:
-        """A row into A, with what forgetting and the window ask for."""
-        if self.forget < 1:
-            self._models.decay(m, self.forget)
-            self._decays[m] += 1
-        self._models.add_design(m, x, weight)
-        if y is not None:
-            self._models.add_reward(m, x, weight, y)
-        if self.window is None:
-            return
-        rows = self._rows[m]
-        rows.append([x, weight, y, name])
-        if len(rows) > self.window:
-            x, weight, y, name = rows.popleft()
-            self._models.add_design(m, x, -weight)
-            if y is not None:
-                self._models.add_reward(m, x, -weight, y)
-            elif name in self._waiting:
-                self._waiting[name].in_window = False
-
-    def _do_part(self, event: Event) -> None:
-        waiting = self._waiting[event.decision]
-        waiting.partial += event.value
-        if event.part:
-            waiting.parts.add(event.part)
-
-    def _do_settle(self, event: Event) -> None:
-        waiting = self._leave(event, "expired" if event.part == "timeout" else "settled")
-        decision = waiting.decision
-        m, reward = self._model(decision.arm), waiting.partial + event.value
-        if waiting.in_window:
-            self._models.add_reward(m, decision.x, self._weight(m, waiting), reward)
-            for row in self._rows[m]:
-                if row[3] == decision.id:
-                    row[2] = reward
-        self._watch(m, reward - decision.mean)
-
-    def _do_expire(self, event: Event) -> None:
-        waiting = self._leave(event, "expired")
-        m = self._model(waiting.decision.arm)
-        if waiting.in_window:
-            self._models.add_design(m, waiting.decision.x, -self._weight(m, waiting))
-            self._rows[m] = deque(row for row in self._rows[m] if row[3] != event.decision)
-
-    def _leave(self, event: Event, end: str) -> Waiting:
-        self.counters[end] += 1
-        self._ended[event.decision] = end
-        if len(self._ended) > _REMEMBERED:
-            self._ended.popitem(last=False)
-        return self._waiting.pop(event.decision)
-
-    def _weight(self, m: int, waiting: Waiting) -> float:
-        """What forgetting has left of a row's weight since it was chosen."""
-        return 1.0 if self.forget == 1 else self.forget ** (int(self._decays[m]) - waiting.step)
-
-    def _do_update(self, event: Event) -> None:
-        m, table = self._model(event.arm), event.rows(self.row_dim + 2)
-        X, y, w = table[:, :-2], table[:, -2], table[:, -1]
-        if len(X) > 1 and self.forget == 1 and self.window is None and self._detectors is None:
-            self._models.add_designs(m, X, w)
-            self._models.add_rewards(m, X, w, y)
-            return
-        for x, reward, weight in zip(X, y, w, strict=True):
-            x = np.ascontiguousarray(x)
-            expected = 0.0
-            if self._detectors is not None:
-                full = x if self.kind == "disjoint" else np.tile(x, (self.n_arms, 1))
-                expected = float(self._read(full, False).mean[event.arm])
-            self._enter(m, x, float(weight), float(reward), "")
-            self._watch(m, float(reward) - expected)
-
-    def _watch(self, m: int, residual: float) -> None:
-        if self._detectors is None or not self._detectors.observe(m, residual):
-            return
-        self.counters["changes"] += 1
-        everything = self._detectors.config.reset == "all"
-        for model in range(len(self._rows)) if everything else (m,):
-            self._detectors.state[model] = 0.0
-            self._rows[model].clear()
-            gram = np.zeros((self.row_dim, self.row_dim))
-            for waiting in self._waiting.values():  # their rewards are still to come, and after the change
-                if self._model(waiting.decision.arm) == model and waiting.in_window:
-                    gram += self._weight(model, waiting) * np.multiply.outer(
-                        waiting.decision.x, waiting.decision.x
-                    )
-                    if self.window is not None:
-                        self._rows[model].append([waiting.decision.x, 1.0, None, waiting.decision.id])
-            self._models.replace(model, RidgeStats(gram, np.zeros(self.row_dim)))
-
-    def _do_merge(self, event: Event) -> None:
-        m = self._model(event.arm)
-        self._models.replace(m, self._models.stats(m) + RidgeStats.from_bytes(event.blob))
-
-    def _do_set(self, event: Event) -> None:
-        m = self._model(event.arm)
-        self._rows[m].clear()
-        for waiting in self._waiting.values():
-            if self._model(waiting.decision.arm) == m:
-                waiting.in_window = False
-        self._models.replace(m, RidgeStats.from_bytes(event.blob))
 
 
 class LinUCB(LinearPolicy):

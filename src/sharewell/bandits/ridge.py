@@ -35,36 +35,56 @@ def factor(matrix: np.ndarray, lam: float) -> tuple[np.ndarray, float]:
     return (inverse + inverse.T) / 2, 2 * float(np.log(np.diagonal(root)).sum())
 
 
-class RidgeModels:
+class Sums:
+    """The plain sums of ``n`` regressions, from which a subclass keeps factors: :meth:`refactor` makes them
+    anew. ``ARRAYS`` names what a snapshot holds.
+    """
+
+    ARRAYS: tuple[str, ...] = ("gram", "moment", "count", "square")
+
+    def __init__(self, n: int, width: int) -> None:
+        self.gram, self.moment = np.zeros((n, width, width)), np.zeros((n, width))
+        self.count, self.square = np.zeros(n), np.zeros(n)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        for name in self.ARRAYS:
+            getattr(self, name)[...] = arrays[name]
+
+    def decay(self, m: int, keep: float) -> None:
+        """Weights of all rows times ``keep``. The ridge stays whole, so A never becomes singular."""
+        for array in (self.gram, self.moment, self.count, self.square):
+            array[m] *= keep
+        self.refactor(m)
+
+    def stats(self, m: int) -> RidgeStats:
+        return RidgeStats(self.gram[m], self.moment[m], float(self.count[m]), float(self.square[m]))
+
+    def replace(self, m: int, stats: RidgeStats) -> None:
+        self.gram[m], self.moment[m] = stats.gram, stats.moment
+        self.count[m], self.square[m] = stats.count, stats.square
+        self.refactor(m)
+
+    def refactor(self, m: int) -> None:
+        raise NotImplementedError
+
+
+class RidgeModels(Sums):
     """``n`` regressions of dimension ``dim`` under the penalty ``lam``.
 
     ``gram`` [n, dim, dim] and ``moment`` [n, dim] are the plain sums; ``inverse`` is that of gram + lam I,
     ``theta`` [n, dim] the coefficients, ``logdet`` [n]. A row costs O(dim^2) (Sherman-Morrison).
     """
 
-    ARRAYS = ("gram", "moment", "count", "square", "inverse", "theta", "logdet", "steps")
+    ARRAYS = (*Sums.ARRAYS, "inverse", "theta", "logdet", "steps")
 
     def __init__(self, n: int, dim: int, lam: float, refactor_every: int) -> None:
+        super().__init__(n, dim)
         self.n, self.dim, self.lam, self.refactor_every = n, dim, lam, refactor_every
-        self.gram = np.zeros((n, dim, dim))
-        self.moment = np.zeros((n, dim))
-        self.count, self.square = np.zeros(n), np.zeros(n)
         self.inverse = np.repeat(np.eye(dim)[None] / lam, n, axis=0)
         self.theta = np.zeros((n, dim))
         self.logdet = np.full(n, dim * math.log(lam))
         self.steps = np.zeros(n, dtype=np.int64)  # rank-one steps since the last factorization
         self._all = self.inverse.reshape(n * dim, dim)
-
-    def grown(self, n: int) -> RidgeModels:
-        """A copy with room for more models; whoever reads the old one reads on undisturbed."""
-        new = type(self)(n, self.dim, self.lam, self.refactor_every)
-        for name in self.ARRAYS:
-            getattr(new, name)[: self.n] = getattr(self, name)
-        return new
-
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        for name in self.ARRAYS:
-            getattr(self, name)[...] = arrays[name]
 
     # Reading
 
@@ -144,20 +164,6 @@ class RidgeModels:
         self.count[m] += w.sum()
         self.square[m] += w @ (y * y)
         self.theta[m] = self.inverse[m] @ self.moment[m]
-
-    def decay(self, m: int, keep: float) -> None:
-        """Weights of all rows times ``keep``. The ridge stays whole, so A never becomes singular."""
-        for array in (self.gram, self.moment, self.count, self.square):
-            array[m] *= keep
-        self.refactor(m)
-
-    def stats(self, m: int) -> RidgeStats:
-        return RidgeStats(self.gram[m], self.moment[m], float(self.count[m]), float(self.square[m]))
-
-    def replace(self, m: int, stats: RidgeStats) -> None:
-        self.gram[m], self.moment[m] = stats.gram, stats.moment
-        self.count[m], self.square[m] = stats.count, stats.square
-        self.refactor(m)
 
     def refactor(self, m: int) -> None:
         """The inverse anew from the gram."""

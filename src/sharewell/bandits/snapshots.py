@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .state import Decision, Waiting
+
 if TYPE_CHECKING:
     from .linear import LinearPolicy
 
@@ -59,8 +61,6 @@ def read_snapshot(policy: LinearPolicy, path: str | Path) -> int:
 
     Raises ValueError for a file that is no snapshot or belongs to other settings.
     """
-    from .linear import Decision, Waiting
-
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -89,6 +90,7 @@ _ALIKE = tuple(
 
 
 LEAST_ENTRIES = 100  # before any name is taken as read
+MOST_PARTITIONS = 4096  # whose names are counted: every system prompt is a partition
 
 
 @dataclass(frozen=True)
@@ -208,16 +210,18 @@ class SlotVerifier:
         if customary is not None and not 0 < customary <= 1:
             raise ValueError(f"customary must be None or a share in (0, 1], got {customary}")
         self._customary = customary
-        self._named: dict[tuple[str, str], _Named] = {}
+        self._named: OrderedDict[tuple[str, str], _Named] = OrderedDict()
         self._lock = threading.Lock()
 
     def admit(self, entry: Entry, context: Context) -> Verdict:
         """Every entry."""
         if self._customary is not None:
+            key = entry.partition, entry.category
             with self._lock:
-                self._named.setdefault((entry.partition, entry.category), _Named()).add(
-                    slots(entry.text).names
-                )
+                self._named.setdefault(key, _Named()).add(slots(entry.text).names)
+                self._named.move_to_end(key)
+                if len(self._named) > MOST_PARTITIONS:
+                    self._named.popitem(last=False)
         return Verdict(True)
 
     def accept(self, query: Query, entry: Entry, context: Context) -> Verdict:
@@ -227,8 +231,11 @@ class SlotVerifier:
 
     def taken_as_read(self, partition: str, category: str) -> frozenset[str]:
         """The names that either side may leave out."""
-        named = self._named.get((partition, category))
-        return frozenset() if named is None or self._customary is None else named.common(self._customary)
+        if self._customary is None:
+            return frozenset()
+        with self._lock:
+            named = self._named.get((partition, category))
+            return frozenset() if named is None else named.common(self._customary)
 
 
 class _Named:
